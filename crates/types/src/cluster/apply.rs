@@ -1,0 +1,600 @@
+//! Applying commands: the one place where the replicated state changes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    ClusterState, Command, FailureRecord, LeaseStanding, Node, NodeKind, NodeSpec, Outcome, Part,
+    Proof, Rejection, Replica, ReplicaSpec, ReplicaStanding, Service, ServiceSpec, Volume,
+    VolumeChange,
+};
+use crate::{
+    BLOCK_SIZE, Epoch, LeaseGeneration, LineageId, NodeId, ReplicaSlot, ServiceId, VolumeId,
+};
+
+/// The most voters a cluster can have (DESIGN section 4).
+pub(super) const NODES_MAX: usize = 7;
+
+/// The longest name: what a DNS label allows.
+const NAME_LEN_MAX: usize = 63;
+
+type Applied = Result<Outcome, Rejection>;
+
+impl ClusterState {
+    /// Applies one command of the log. Deterministic: the same state and command give the same
+    /// result on every node. A rejected command changes nothing but the revision.
+    ///
+    /// # Errors
+    /// Why the command no longer fits the state.
+    pub fn apply(&mut self, command: &Command) -> Applied {
+        self.revision += 1;
+        match command {
+            Command::Init {
+                cluster,
+                name,
+                sensitivity,
+                node,
+            } => {
+                if !self.nodes.is_empty() {
+                    return Err(Rejection::AlreadyInitialised {
+                        name: self.name.clone(),
+                    });
+                }
+                check_name(name)?;
+                let added = self.add_node(node)?;
+                self.id = *cluster;
+                self.name.clone_from(name);
+                self.sensitivity = *sensitivity;
+                Ok(added)
+            }
+            Command::CreateToken { hash, token } => {
+                self.tokens.insert(hash.clone(), token.clone());
+                Ok(Outcome::Done)
+            }
+            Command::Join {
+                hash,
+                now_unix_s,
+                node,
+            } => self.join(hash, *now_unix_s, node),
+            Command::RemoveNode { node } => self.remove_node(*node),
+            Command::SetStandby { node, standby } => {
+                self.node_mut(*node)?.standby = *standby;
+                Ok(Outcome::Done)
+            }
+            Command::Evict {
+                node,
+                generation,
+                proof,
+            } => self.evict(*node, *generation, proof),
+            Command::Readmit { node, generation } => {
+                let standing = &mut self.node_mut(*node)?.lease;
+                check_generation(*node, *generation, *standing)?;
+                *standing = LeaseStanding {
+                    generation: generation.next(),
+                    evicted: false,
+                };
+                Ok(Outcome::Done)
+            }
+            Command::CreateVolume {
+                name,
+                size,
+                lineage,
+                replicas,
+            } => self.create_volume(name, *size, *lineage, replicas),
+            Command::ReplicaCreated { volume, node } => {
+                self.replica_created(*volume, *node, ReplicaStanding::Ready)
+            }
+            Command::ReplicaNotCreated {
+                volume,
+                node,
+                reason,
+            } => self.replica_created(*volume, *node, ReplicaStanding::Failed(reason.clone())),
+            Command::RemoveVolume { volume } => self.remove_volume(*volume),
+            Command::Volume {
+                volume,
+                expect,
+                change,
+            } => self.change_volume(*volume, *expect, change),
+            Command::CreateService { spec, target } => self.create_service(spec, *target),
+            Command::RemoveService { service } => {
+                if let Some(holder) = self.service_mut(*service)?.holder {
+                    return Err(Rejection::ServiceHeld { holder });
+                }
+                self.services.remove(service);
+                Ok(Outcome::Done)
+            }
+            Command::EnableService { service, enabled } => {
+                let service = self.service_mut(*service)?;
+                service.enabled = *enabled;
+                if *enabled {
+                    service.failures.clear();
+                }
+                Ok(Outcome::Done)
+            }
+            Command::SetTarget { service, target } => {
+                if let Some(node) = target {
+                    self.data_node(*node)?;
+                }
+                let service = self.service_mut(*service)?;
+                service.target = *target;
+                if let Some(node) = target {
+                    // Asking for a node again is asking to try it again.
+                    service.failures.remove(node);
+                }
+                Ok(Outcome::Done)
+            }
+            Command::Acquire { service, node } => self.acquire(*service, *node),
+            Command::Release {
+                service,
+                node,
+                failure,
+            } => self.release(*service, *node, failure.as_deref()),
+        }
+    }
+
+    fn node_mut(&mut self, node: NodeId) -> Result<&mut Node, Rejection> {
+        self.nodes.get_mut(&node).ok_or(Rejection::NoNode { node })
+    }
+
+    fn data_node(&self, id: NodeId) -> Result<&Node, Rejection> {
+        let node = self.nodes.get(&id).ok_or(Rejection::NoNode { node: id })?;
+        match node.spec.kind {
+            NodeKind::Data => Ok(node),
+            NodeKind::Witness => Err(Rejection::NotADataNode { node: id }),
+        }
+    }
+
+    fn volume_mut(&mut self, volume: VolumeId) -> Result<&mut Volume, Rejection> {
+        self.volumes
+            .get_mut(&volume)
+            .ok_or(Rejection::NoVolume { volume })
+    }
+
+    fn service_mut(&mut self, service: ServiceId) -> Result<&mut Service, Rejection> {
+        self.services
+            .get_mut(&service)
+            .ok_or(Rejection::NoService { service })
+    }
+
+    fn add_node(&mut self, spec: &NodeSpec) -> Applied {
+        check_name(&spec.name)?;
+        if self.node_named(&spec.name).is_some() {
+            return Err(taken("node", &spec.name));
+        }
+        if self.nodes.len() >= NODES_MAX {
+            return Err(Rejection::TooManyNodes {
+                count: self.nodes.len(),
+            });
+        }
+        self.last_node += 1;
+        let id = NodeId(self.last_node);
+        let lease = LeaseStanding {
+            generation: LeaseGeneration(1),
+            evicted: false,
+        };
+        self.nodes.insert(
+            id,
+            Node {
+                id,
+                spec: spec.clone(),
+                lease,
+                standby: false,
+            },
+        );
+        Ok(Outcome::Node(id))
+    }
+
+    fn join(&mut self, hash: &str, now_unix_s: u64, spec: &NodeSpec) -> Applied {
+        let token = self.tokens.get(hash).ok_or(Rejection::TokenUnknown)?;
+        if now_unix_s >= token.expires_unix_s {
+            return Err(Rejection::TokenExpired {
+                ago_s: now_unix_s - token.expires_unix_s,
+            });
+        }
+        if let Some(allowed) = token.kind.filter(|kind| *kind != spec.kind) {
+            return Err(Rejection::TokenKind {
+                allowed: allowed.words().to_owned(),
+                asked: spec.kind.words().to_owned(),
+            });
+        }
+        let added = self.add_node(spec)?;
+        self.tokens.remove(hash);
+        Ok(added)
+    }
+
+    fn remove_node(&mut self, id: NodeId) -> Applied {
+        self.node_mut(id)?;
+        let in_use = |what: String, remedy: &str| Rejection::NodeInUse {
+            node: id,
+            what,
+            remedy: remedy.to_owned(),
+        };
+        if let Some(service) = self
+            .services
+            .values()
+            .find(|service| service.holder == Some(id))
+        {
+            return Err(in_use(
+                format!("runs service `{}`", service.spec.name),
+                "move it with `relevo service move`",
+            ));
+        }
+        if let Some(volume) = self
+            .volumes
+            .values()
+            .find(|volume| volume.replicas.contains_key(&id))
+        {
+            return Err(in_use(
+                format!("has a replica of volume `{}`", volume.name),
+                "remove the volume first",
+            ));
+        }
+        self.nodes.remove(&id);
+        for service in self.services.values_mut() {
+            service.failures.remove(&id);
+            if service.target == Some(id) {
+                service.target = None;
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn evict(&mut self, id: NodeId, generation: LeaseGeneration, proof: &Proof) -> Applied {
+        if let Proof::Condemned { by } = proof {
+            let voters: BTreeSet<NodeId> = by
+                .iter()
+                .copied()
+                .filter(|voter| self.nodes.contains_key(voter))
+                .collect();
+            let majority = self.majority();
+            if voters.len() < majority {
+                return Err(Rejection::NoProof {
+                    node: id,
+                    votes: voters.len(),
+                    majority,
+                });
+            }
+        }
+        let standing = &mut self.node_mut(id)?.lease;
+        check_generation(id, generation, *standing)?;
+        if standing.evicted {
+            return Err(Rejection::AlreadyEvicted { node: id });
+        }
+        standing.evicted = true;
+        for volume in self
+            .volumes
+            .values_mut()
+            .filter(|volume| volume.primary == Some(id))
+        {
+            volume.primary = None;
+            volume.epoch = volume.epoch.next();
+        }
+        for service in self
+            .services
+            .values_mut()
+            .filter(|service| service.holder == Some(id))
+        {
+            service.holder = None;
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn create_volume(
+        &mut self,
+        name: &str,
+        size: u64,
+        lineage: LineageId,
+        specs: &[ReplicaSpec],
+    ) -> Applied {
+        check_name(name)?;
+        if self.volume_named(name).is_some() {
+            return Err(taken("volume", name));
+        }
+        if size == 0 || !size.is_multiple_of(BLOCK_SIZE) {
+            return Err(Rejection::BadSize { size });
+        }
+        if specs.is_empty() || specs.len() > ReplicaSlot::COUNT {
+            let why = format!(
+                "a volume has 1 to {} replicas, not {}",
+                ReplicaSlot::COUNT,
+                specs.len()
+            );
+            return Err(Rejection::BadReplicas { why });
+        }
+        let mut replicas = BTreeMap::new();
+        for (slot, spec) in (0u8..).zip(specs) {
+            self.data_node(spec.node)?;
+            let replica = Replica {
+                spec: spec.clone(),
+                slot: ReplicaSlot(slot),
+                standing: ReplicaStanding::Creating,
+                joined: Epoch(0),
+            };
+            if replicas.insert(spec.node, replica).is_some() {
+                let why = format!(
+                    "node {} is named twice; a node holds one replica",
+                    spec.node
+                );
+                return Err(Rejection::BadReplicas { why });
+            }
+        }
+        self.last_volume += 1;
+        let id = VolumeId(self.last_volume);
+        let volume = Volume {
+            id,
+            name: name.to_owned(),
+            size,
+            lineage,
+            epoch: Epoch(0),
+            primary: None,
+            in_sync: BTreeSet::new(),
+            replicas,
+        };
+        self.volumes.insert(id, volume);
+        Ok(Outcome::Volume(id))
+    }
+
+    fn replica_created(
+        &mut self,
+        volume: VolumeId,
+        node: NodeId,
+        standing: ReplicaStanding,
+    ) -> Applied {
+        let volume = self.volume_mut(volume)?;
+        let replica = volume
+            .replicas
+            .get_mut(&node)
+            .ok_or(Rejection::NoReplica { node })?;
+        if replica.standing == ReplicaStanding::Ready {
+            return Ok(Outcome::Epoch(volume.epoch));
+        }
+        replica.standing = standing;
+        let all_ready = volume
+            .replicas
+            .values()
+            .all(|replica| replica.standing == ReplicaStanding::Ready);
+        if all_ready && !volume.is_created() {
+            volume.epoch = Epoch(1);
+            volume.in_sync = volume.replicas.keys().copied().collect();
+            volume
+                .replicas
+                .values_mut()
+                .for_each(|replica| replica.joined = Epoch(1));
+        }
+        Ok(Outcome::Epoch(volume.epoch))
+    }
+
+    fn remove_volume(&mut self, id: VolumeId) -> Applied {
+        let volume = self
+            .volumes
+            .get(&id)
+            .ok_or(Rejection::NoVolume { volume: id })?;
+        let user = self
+            .services
+            .values()
+            .find(|service| service.spec.volumes().any(|v| v == id));
+        if let Some(service) = user {
+            return Err(Rejection::VolumeInUse {
+                volume: volume.name.clone(),
+                service: service.spec.name.clone(),
+            });
+        }
+        if let Some(primary) = volume.primary {
+            return Err(Rejection::HasPrimary { primary });
+        }
+        self.volumes.remove(&id);
+        Ok(Outcome::Done)
+    }
+
+    fn change_volume(&mut self, id: VolumeId, expect: Epoch, change: &VolumeChange) -> Applied {
+        if let VolumeChange::Promote { node } = change
+            && self.data_node(*node)?.lease.evicted
+        {
+            return Err(Rejection::Evicted { node: *node });
+        }
+        let volume = self.volume_mut(id)?;
+        if !volume.is_created() {
+            return Err(Rejection::NotCreated);
+        }
+        if volume.epoch != expect {
+            return Err(Rejection::StaleEpoch {
+                expected: expect,
+                actual: volume.epoch,
+            });
+        }
+        let epoch = volume.epoch.next();
+        match change {
+            VolumeChange::Promote { node } => {
+                if let Some(primary) = volume.primary {
+                    return Err(Rejection::HasPrimary { primary });
+                }
+                if !volume.in_sync.contains(node) {
+                    return Err(Rejection::NotInSync { node: *node });
+                }
+                volume.primary = Some(*node);
+            }
+            VolumeChange::Demote { node } => {
+                if volume.primary != Some(*node) {
+                    return Err(Rejection::NotPrimary { node: *node });
+                }
+                volume.primary = None;
+            }
+            VolumeChange::Leave { nodes } => {
+                if volume.in_sync.iter().all(|member| nodes.contains(member)) {
+                    return Err(Rejection::LastInSync);
+                }
+                volume.in_sync.retain(|member| !nodes.contains(member));
+            }
+            VolumeChange::Join { node } => {
+                let replica = volume
+                    .replicas
+                    .get_mut(node)
+                    .ok_or(Rejection::NoReplica { node: *node })?;
+                replica.joined = epoch;
+                volume.in_sync.insert(*node);
+            }
+        }
+        volume.epoch = epoch;
+        Ok(Outcome::Epoch(epoch))
+    }
+
+    fn create_service(&mut self, spec: &ServiceSpec, target: Option<NodeId>) -> Applied {
+        check_name(&spec.name)?;
+        if self.service_named(&spec.name).is_some() {
+            return Err(taken("service", &spec.name));
+        }
+        if let Some(node) = target {
+            self.data_node(node)?;
+        }
+        self.check_parts(spec)?;
+        self.last_service += 1;
+        let id = ServiceId(self.last_service);
+        let service = Service {
+            id,
+            spec: spec.clone(),
+            enabled: true,
+            target,
+            holder: None,
+            failures: BTreeMap::new(),
+        };
+        self.services.insert(id, service);
+        Ok(Outcome::Service(id))
+    }
+
+    /// A volume, a mount point or an address belongs to one service; a mount comes after its
+    /// volume.
+    fn check_parts(&self, spec: &ServiceSpec) -> Result<(), Rejection> {
+        let bad = |why: String| Err(Rejection::BadService { why });
+        if spec.parts.is_empty() {
+            return bad(format!(
+                "service `{}` has no parts; give it at least one",
+                spec.name
+            ));
+        }
+        for (index, part) in spec.parts.iter().enumerate() {
+            let label = part.label();
+            let (before, rest) = spec.parts.split_at(index);
+            if rest[1..].iter().any(|other| other.conflicts(part)) {
+                return bad(format!("{label} is twice in service `{}`", spec.name));
+            }
+            for other in self.services.values() {
+                if other.spec.parts.iter().any(|theirs| theirs.conflicts(part)) {
+                    return bad(format!(
+                        "{label} belongs to service `{}` already",
+                        other.spec.name
+                    ));
+                }
+            }
+            match part {
+                Part::Volume(part) if !self.volumes.contains_key(&part.volume) => {
+                    return Err(Rejection::NoVolume {
+                        volume: part.volume,
+                    });
+                }
+                Part::Mount(mount) => {
+                    let has_device = before.iter().any(|earlier| {
+                        matches!(earlier, Part::Volume(v) if v.volume == mount.volume && v.device)
+                    });
+                    if !has_device {
+                        return bad(format!(
+                            "{label} needs volume {} as a block device earlier in the list",
+                            mount.volume
+                        ));
+                    }
+                }
+                Part::Process(process) if process.command.is_empty() => {
+                    return bad(format!(
+                        "a process of service `{}` has no command",
+                        spec.name
+                    ));
+                }
+                Part::Volume(_) | Part::Address(_) | Part::Process(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn acquire(&mut self, service: ServiceId, node: NodeId) -> Applied {
+        if self.data_node(node)?.lease.evicted {
+            return Err(Rejection::Evicted { node });
+        }
+        let service = self.service_mut(service)?;
+        if let Some(holder) = service.holder {
+            return Err(Rejection::ServiceHeld { holder });
+        }
+        if !service.enabled {
+            return Err(Rejection::ServiceDisabled);
+        }
+        service.holder = Some(node);
+        Ok(Outcome::Done)
+    }
+
+    fn release(&mut self, service: ServiceId, node: NodeId, failure: Option<&str>) -> Applied {
+        let service = self.service_mut(service)?;
+        if service.holder != Some(node) {
+            return Err(Rejection::NotHolder { node });
+        }
+        service.holder = None;
+        if let Some(reason) = failure {
+            let record = service
+                .failures
+                .entry(node)
+                .or_insert_with(|| FailureRecord {
+                    count: 0,
+                    reason: String::new(),
+                });
+            record.count += 1;
+            reason.clone_into(&mut record.reason);
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+impl Part {
+    /// Whether both claim the same thing, which only one service may have.
+    fn conflicts(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Volume(a), Self::Volume(b)) => a.volume == b.volume,
+            (Self::Mount(a), Self::Mount(b)) => a.mount_point == b.mount_point,
+            (Self::Address(a), Self::Address(b)) => a.address == b.address,
+            _ => false,
+        }
+    }
+}
+
+fn taken(kind: &str, name: &str) -> Rejection {
+    Rejection::NameTaken {
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+    }
+}
+
+/// Names end up in paths (`/dev/relevo/NAME`), certificates and commands.
+fn check_name(name: &str) -> Result<(), Rejection> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let good = name.len() <= NAME_LEN_MAX
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(allowed);
+    if good {
+        Ok(())
+    } else {
+        Err(Rejection::BadName {
+            name: name.to_owned(),
+        })
+    }
+}
+
+fn check_generation(
+    node: NodeId,
+    given: LeaseGeneration,
+    standing: LeaseStanding,
+) -> Result<(), Rejection> {
+    if standing.generation == given {
+        Ok(())
+    } else {
+        Err(Rejection::StaleGeneration {
+            node,
+            given,
+            actual: standing.generation,
+        })
+    }
+}

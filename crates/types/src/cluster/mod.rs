@@ -1,0 +1,21 @@
+//! What the control log replicates: the configuration of a cluster and the decisions taken in it.
+//!
+//! [`ClusterState`] changes only by [`ClusterState::apply`], in the order of the log, on every
+//! node alike. A command carries what it expects (an epoch, a generation, a holder) and is
+//! rejected when that is no longer so; so two actors that act on old knowledge can't both win.
+
+mod apply;
+mod command;
+mod service;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use command::{Command, Outcome, Proof, Rejection, VolumeChange};
+pub use service::{
+    AddressPart, FailureRecord, MountPart, Part, ProcessPart, Service, ServiceSpec, VolumePart,
+};
+pub use state::{
+    ClusterState, JoinToken, LeaseStanding, Node, NodeKind, NodePath, NodeSpec, Ports, Protocol,
+    Replica, ReplicaSpec, ReplicaStanding, Volume,
+};
