@@ -391,6 +391,8 @@ impl ClusterState {
         {
             return Err(Rejection::Evicted { node: *node });
         }
+        let evicted: BTreeSet<NodeId> =
+            self.nodes.values().filter(|node| node.lease.evicted).map(|node| node.id).collect();
         let volume = self.volume_mut(id)?;
         if !volume.is_created() {
             return Err(Rejection::NotCreated);
@@ -411,6 +413,9 @@ impl ClusterState {
                     return Err(Rejection::NotInSync { node: *node });
                 }
                 volume.primary = Some(*node);
+                // A member that was evicted can't answer the new primary's reconciliation: it
+                // leaves in the same step and is resynced when it returns.
+                volume.in_sync.retain(|member| member == node || !evicted.contains(member));
             }
             VolumeChange::Demote { node } => {
                 if volume.primary != Some(*node) {

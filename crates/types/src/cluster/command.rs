@@ -154,7 +154,8 @@ pub enum Command {
 /// A change of a volume's configuration.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum VolumeChange {
-    /// An in-sync replica of a volume without a primary becomes primary.
+    /// An in-sync replica of a volume without a primary becomes primary. Evicted members leave
+    /// the in-sync set in the same step.
     Promote {
         /// The node.
         node: NodeId,

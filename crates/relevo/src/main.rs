@@ -1,0 +1,2 @@
+//! The relevo binary.
+fn main() {}

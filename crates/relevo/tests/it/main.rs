@@ -1,0 +1,3 @@
+//! Integration tests of the whole repository.
+
+mod tidy;
