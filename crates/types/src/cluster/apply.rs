@@ -40,7 +40,7 @@ impl ClusterState {
                     });
                 }
                 check_name(name)?;
-                let added = self.add_node(node)?;
+                let added = self.add_node(node, true)?;
                 self.id = *cluster;
                 self.name.clone_from(name);
                 self.sensitivity = *sensitivity;
@@ -55,6 +55,10 @@ impl ClusterState {
                 now_unix_s,
                 node,
             } => self.join(hash, *now_unix_s, node),
+            Command::AdmitVoter { node } => {
+                self.node_mut(*node)?.voter = true;
+                Ok(Outcome::Done)
+            }
             Command::RemoveNode { node } => self.remove_node(*node),
             Command::SetStandby { node, standby } => {
                 self.node_mut(*node)?.standby = *standby;
@@ -155,7 +159,7 @@ impl ClusterState {
             .ok_or(Rejection::NoService { service })
     }
 
-    fn add_node(&mut self, spec: &NodeSpec) -> Applied {
+    fn add_node(&mut self, spec: &NodeSpec, voter: bool) -> Applied {
         check_name(&spec.name)?;
         if self.node_named(&spec.name).is_some() {
             return Err(taken("node", &spec.name));
@@ -177,6 +181,7 @@ impl ClusterState {
                 id,
                 spec: spec.clone(),
                 lease,
+                voter,
                 standby: false,
             },
         );
@@ -196,7 +201,7 @@ impl ClusterState {
                 asked: spec.kind.words().to_owned(),
             });
         }
-        let added = self.add_node(spec)?;
+        let added = self.add_node(spec, false)?;
         self.tokens.remove(hash);
         Ok(added)
     }
@@ -391,8 +396,12 @@ impl ClusterState {
         {
             return Err(Rejection::Evicted { node: *node });
         }
-        let evicted: BTreeSet<NodeId> =
-            self.nodes.values().filter(|node| node.lease.evicted).map(|node| node.id).collect();
+        let evicted: BTreeSet<NodeId> = self
+            .nodes
+            .values()
+            .filter(|node| node.lease.evicted)
+            .map(|node| node.id)
+            .collect();
         let volume = self.volume_mut(id)?;
         if !volume.is_created() {
             return Err(Rejection::NotCreated);
@@ -415,7 +424,9 @@ impl ClusterState {
                 volume.primary = Some(*node);
                 // A member that was evicted can't answer the new primary's reconciliation: it
                 // leaves in the same step and is resynced when it returns.
-                volume.in_sync.retain(|member| member == node || !evicted.contains(member));
+                volume
+                    .in_sync
+                    .retain(|member| member == node || !evicted.contains(member));
             }
             VolumeChange::Demote { node } => {
                 if volume.primary != Some(*node) {

@@ -37,6 +37,11 @@ pub enum Command {
         /// The node to add.
         node: NodeSpec,
     },
+    /// A node that joined has the control log: its vote counts from now on.
+    AdmitVoter {
+        /// The node.
+        node: NodeId,
+    },
     /// A node leaves for good. Rejected while it holds a service, a primary role or a replica.
     RemoveNode {
         /// The node.

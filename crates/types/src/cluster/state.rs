@@ -60,6 +60,9 @@ pub struct Node {
     pub spec: NodeSpec,
     /// Whether it may hold a lease.
     pub lease: LeaseStanding,
+    /// Its vote counts. A node that joined becomes a voter once it has the control log; until then it
+    /// sends heartbeats and grants leases, but no majority waits for it.
+    pub voter: bool,
     /// Set by the administrator: services leave it and don't come back.
     pub standby: bool,
 }
@@ -200,15 +203,18 @@ pub struct JoinToken {
 }
 
 impl ClusterState {
-    /// The members whose votes count: data nodes and witnesses.
+    /// The members whose votes count, data nodes and witnesses.
     pub fn voters(&self) -> impl Iterator<Item = NodeId> + '_ {
-        self.nodes.keys().copied()
+        self.nodes
+            .values()
+            .filter(|node| node.voter)
+            .map(|node| node.id)
     }
 
     /// How many voters are a majority. 1 for an empty cluster.
     #[must_use]
     pub fn majority(&self) -> usize {
-        self.nodes.len() / 2 + 1
+        self.voters().count() / 2 + 1
     }
 
     /// The node of that name.

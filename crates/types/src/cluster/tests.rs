@@ -66,8 +66,14 @@ fn cluster() -> ClusterState {
             now_unix_s: 99,
             node: spec(name, kind),
         };
-        state.apply(&join).unwrap();
+        let Ok(Outcome::Node(node)) = state.apply(&join) else {
+            panic!("joins")
+        };
+        let before = state.majority();
+        assert_eq!(before, state.voters().count() / 2 + 1);
+        state.apply(&Command::AdmitVoter { node }).unwrap();
     }
+    assert_eq!(state.majority(), 2);
     state
 }
 

@@ -1,0 +1,236 @@
+//! Log, vote and commit mark of the consensus library, in memory and in one record file.
+//!
+//! The log is short (snapshots cut it), so it is held in memory whole; the file is only read on
+//! opening. What the library must not forget is on stable storage before it is told so.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Debug,
+    io,
+    ops::RangeBounds,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use openraft::{
+    LogId, LogState, OptionalSend, RaftLogReader, StorageError, StorageIOError, Vote,
+    storage::{LogFlushed, RaftLogStorage},
+};
+use serde::{Deserialize, Serialize};
+
+use super::TypeConfig;
+use crate::journal::{Record, RecordFile};
+
+type Entry = openraft::Entry<TypeConfig>;
+
+/// The file is written anew when it is larger than this and mostly holds what is obsolete.
+const COMPACT_ABOVE: u64 = 4 << 20;
+
+/// One step of the log's life.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Step {
+    Vote(Vote<u64>),
+    Append(Entry),
+    /// The entries from this one on are void.
+    Truncate(u64),
+    /// The entries up to this one are in a snapshot.
+    Purge(LogId<u64>),
+    /// A hint: entries up to this one are committed.
+    Committed(Option<LogId<u64>>),
+}
+
+impl Record for Step {
+    const MAGIC: [u8; 8] = *b"RLVRAFT1";
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    vote: Option<Vote<u64>>,
+    entries: BTreeMap<u64, Entry>,
+    purged: Option<LogId<u64>>,
+    committed: Option<LogId<u64>>,
+}
+
+/// The store; clones share it (the library reads through one and writes through another).
+#[derive(Clone, Debug)]
+pub(super) struct LogStore {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    log: Log,
+    file: RecordFile<Step>,
+}
+
+impl LogStore {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let (file, steps) = RecordFile::open(path)?;
+        let mut log = Log::default();
+        steps.into_iter().for_each(|step| log.take(step));
+        Ok(Self {
+            inner: Arc::new(Mutex::new(Inner { log, file })),
+        })
+    }
+
+    /// A panic while the lock is held can only come from memory running out; the content is
+    /// changed after the file, so it is still true.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Writes steps durably, then takes them. Off the runtime's threads: a flush takes
+    /// milliseconds.
+    async fn write(&self, steps: Vec<Step>) -> io::Result<()> {
+        let store = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut inner = store.lock();
+            inner.file.append(&steps)?;
+            steps.into_iter().for_each(|step| inner.log.take(step));
+            inner.compact()
+        })
+        .await
+        .map_err(io::Error::other)?
+    }
+}
+
+impl Log {
+    fn take(&mut self, step: Step) {
+        match step {
+            Step::Vote(vote) => self.vote = Some(vote),
+            Step::Append(entry) => {
+                self.entries.insert(entry.log_id.index, entry);
+            }
+            Step::Truncate(from) => {
+                self.entries.split_off(&from);
+            }
+            Step::Purge(up_to) => {
+                self.entries = self.entries.split_off(&(up_to.index + 1));
+                self.purged = Some(up_to);
+            }
+            Step::Committed(committed) => self.committed = committed,
+        }
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        let entries = self.entries.values().cloned().map(Step::Append);
+        self.vote
+            .map(Step::Vote)
+            .into_iter()
+            .chain(self.purged.map(Step::Purge))
+            .chain(entries)
+            .chain([Step::Committed(self.committed)])
+            .collect()
+    }
+}
+
+impl Inner {
+    fn compact(&mut self) -> io::Result<()> {
+        if self.file.len() > COMPACT_ABOVE {
+            self.file.rewrite(&self.log.steps())?;
+        }
+        Ok(())
+    }
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, StorageError<u64>> {
+        Ok(self
+            .lock()
+            .log
+            .entries
+            .range(range)
+            .map(|(_, entry)| entry.clone())
+            .collect())
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, StorageError<u64>> {
+        let log = &self.lock().log;
+        let last = log.entries.values().next_back().map(|entry| entry.log_id);
+        Ok(LogState {
+            last_purged_log_id: log.purged,
+            last_log_id: last.or(log.purged),
+        })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote<u64>) -> Result<(), StorageError<u64>> {
+        self.write(vec![Step::Vote(*vote)])
+            .await
+            .map_err(|error| StorageIOError::write_vote(&error).into())
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote<u64>>, StorageError<u64>> {
+        Ok(self.lock().log.vote)
+    }
+
+    async fn save_committed(
+        &mut self,
+        committed: Option<LogId<u64>>,
+    ) -> Result<(), StorageError<u64>> {
+        // A hint that may be lost: no flush.
+        let mut inner = self.lock();
+        let step = Step::Committed(committed);
+        inner
+            .file
+            .append_unsynced([&step])
+            .map_err(|error| StorageIOError::write_logs(&error))?;
+        inner.log.take(step);
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId<u64>>, StorageError<u64>> {
+        // The hint may have outlived entries that were lost with a crash before their flush.
+        let log = &self.lock().log;
+        let last = log.entries.keys().next_back().copied();
+        Ok(log.committed.filter(|committed| {
+            last.is_some_and(|last| committed.index <= last)
+                || log
+                    .purged
+                    .is_some_and(|purged| committed.index <= purged.index)
+        }))
+    }
+
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: LogFlushed<TypeConfig>,
+    ) -> Result<(), StorageError<u64>>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let steps = entries.into_iter().map(Step::Append).collect();
+        let result = self.write(steps).await;
+        let failed = result.as_ref().err().map(StorageIOError::write_logs);
+        callback.log_io_completed(result);
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(()),
+        }
+    }
+
+    async fn truncate(&mut self, log_id: LogId<u64>) -> Result<(), StorageError<u64>> {
+        self.write(vec![Step::Truncate(log_id.index)])
+            .await
+            .map_err(|error| StorageIOError::write_logs(&error).into())
+    }
+
+    async fn purge(&mut self, log_id: LogId<u64>) -> Result<(), StorageError<u64>> {
+        self.write(vec![Step::Purge(log_id)])
+            .await
+            .map_err(|error| StorageIOError::write_logs(&error).into())
+    }
+}

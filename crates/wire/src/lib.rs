@@ -1,0 +1,14 @@
+//! What two nodes say to each other about a volume: the messages of the data link and their
+//! encoding. `docs/protocol.md` is the specification.
+//!
+//! * [`message`]: the messages, as values. The replication engine speaks only these.
+//! * [`frame`]: their encoding: length-prefixed frames with a version and a checksum, decoded
+//!   incrementally from a byte stream. Called by the data path; fuzzed.
+
+pub mod frame;
+pub mod message;
+
+pub use frame::{
+    Decoder, Encoded, FrameError, HelloError, LINK_HELLO_BYTES, LinkHello, ProtocolVersion, encode,
+};
+pub use message::{Body, Message, PeerInfo, Refusal};

@@ -1,0 +1,208 @@
+//! Messages between the replication engines of two nodes, about one volume.
+//!
+//! A link carries one volume between two nodes; transport has authenticated the peer, and messages
+//! of one link arrive in order or the link breaks. All state that a message refers to dies with
+//! its link.
+
+use bytes::Bytes;
+use relevo_types::{BlockRange, ByteRange, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Seq};
+
+/// A message between two engines.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Message {
+    /// First message of both sides on a new link.
+    Hello(PeerInfo),
+
+    // Primary to the others, under its epoch.
+    /// Become a resync target (`SyncTarget`): persist the epoch, persist and report what may
+    /// differ. Answered by [`Message::Uncertain`].
+    StartSync {
+        /// The primary's epoch.
+        epoch: Epoch,
+    },
+    /// An application write.
+    Write {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Its position; grows by one with each write of an epoch.
+        seq: Seq,
+        /// Every write at or below this position is on every member of the in-sync set.
+        complete: Seq,
+        /// Where.
+        range: ByteRange,
+        /// What.
+        body: Body,
+        /// Acknowledge only when it is on stable storage.
+        fua: bool,
+        /// Replicas that do not get this write: mark its blocks dirty for them. Bit n is slot n.
+        dirty_for: u8,
+    },
+    /// Make every write acknowledged so far durable. Answered by [`Message::FlushAck`].
+    Flush {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Echoed in the answer; grows.
+        id: u64,
+    },
+    /// Content of a range that is dirty for the receiver. Answered by [`Message::SyncAck`].
+    SyncWrite {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Echoed in the answer; grows.
+        id: u64,
+        /// Where; whole blocks.
+        range: ByteRange,
+        /// What.
+        body: Body,
+    },
+    /// Blocks that another replica lacks. The receiver adds them to its bitmap for that replica.
+    DirtyMap {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// The other replica.
+        slot: ReplicaSlot,
+        /// The blocks.
+        blocks: Vec<BlockRange>,
+    },
+    /// End of a resync: answer with [`Message::BarrierAck`] when everything sent before is on
+    /// stable storage.
+    Barrier {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Echoed in the answer.
+        id: u64,
+    },
+    /// The configuration that is in force for what follows on this link. The receiver persists
+    /// the epoch before it acts on anything under it.
+    EpochUpdate {
+        /// The new epoch.
+        epoch: Epoch,
+        /// Its in-sync set, as slots. Bit n is slot n.
+        in_sync: u8,
+    },
+    /// Sent when no write carries the news for a while: see `complete` of [`Message::Write`].
+    Complete {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// The position.
+        seq: Seq,
+    },
+    /// The new primary asks a member of the in-sync set what it has that others may lack. The
+    /// receiver persists the epoch and answers with [`Message::Tail`].
+    Reconcile {
+        /// The new primary's epoch.
+        epoch: Epoch,
+    },
+
+    // The others to the primary; `epoch` echoes the primary's.
+    /// Which blocks of the sender may differ from the primary's (answer to `StartSync`).
+    Uncertain {
+        /// Echo.
+        epoch: Epoch,
+        /// The blocks; more may follow.
+        blocks: Vec<BlockRange>,
+        /// This was the last part.
+        last: bool,
+    },
+    /// A write was done.
+    WriteAck {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        seq: Seq,
+    },
+    /// A flush was done.
+    FlushAck {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        id: u64,
+    },
+    /// A resync write was done.
+    SyncAck {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        id: u64,
+    },
+    /// A barrier was passed.
+    BarrierAck {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        id: u64,
+    },
+    /// Answer to `Reconcile`.
+    Tail {
+        /// Echo.
+        epoch: Epoch,
+        /// Blocks of writes that the sender got and does not know to be complete.
+        blocks: Vec<BlockRange>,
+        /// False when the sender restarted and can't tell: it must be resynced instead.
+        certain: bool,
+    },
+    /// The sender can't do what was asked. The link closes after it.
+    Refuse(Refusal),
+
+    // Both.
+    /// Keeps an idle link provably alive. Answered by [`Message::Pong`].
+    Ping,
+    /// Answer to `Ping`.
+    Pong,
+}
+
+/// How an engine introduces itself on a new link.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PeerInfo {
+    /// The sender.
+    pub node: NodeId,
+    /// Drawn when the sender's engine started.
+    pub instance: Instance,
+    /// The history its data belongs to.
+    pub lineage: LineageId,
+    /// The highest epoch it has persisted.
+    pub epoch: Epoch,
+}
+
+/// What a write writes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Body {
+    /// These bytes, as many as the range is long.
+    Data(Bytes),
+    /// Zeroes; storage may be released (trim and write-zeroes: a trimmed block reads as zeroes on
+    /// every replica alike).
+    Zeroes,
+}
+
+/// Why an engine ends a link.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The sender has seen a higher epoch: the receiver was replaced.
+    #[error("epoch {seen} is in force, {given} is over")]
+    StaleEpoch {
+        /// The epoch that was sent.
+        given: Epoch,
+        /// The highest epoch seen.
+        seen: Epoch,
+    },
+    /// The two have different histories.
+    #[error("the data belongs to history {ours}, not {theirs}")]
+    OtherLineage {
+        /// The sender's.
+        ours: LineageId,
+        /// The receiver's.
+        theirs: LineageId,
+    },
+    /// The sender's disk failed or is not attached.
+    #[error("the disk is not usable: {reason}")]
+    Disk {
+        /// What failed.
+        reason: String,
+    },
+    /// The receiver broke the protocol.
+    #[error("protocol error: {reason}")]
+    Protocol {
+        /// What was wrong.
+        reason: String,
+    },
+}
