@@ -1,0 +1,8 @@
+//! Integration tests of the exports.
+
+mod client;
+mod device;
+mod memory;
+mod session;
+mod skip;
+mod wire;
