@@ -1,3 +1,4 @@
-//! Integration tests of the whole repository.
+//! Integration tests of the whole: the demo as a user runs it, and the house rules.
 
+mod demo;
 mod tidy;

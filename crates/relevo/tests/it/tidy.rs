@@ -13,7 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["wire", "format"],
     &["replication", "membership", "planner"],
     &["node", "control", "disk", "export", "host"],
-    &["transport", "agents"],
+    &["transport", "agents", "ledger"],
     &["datapath"],
     &["server"],
     &["cli"],
@@ -22,8 +22,15 @@ const LAYERS: &[&[&str]] = &[
 ];
 
 /// Crates that are state machines: no clock, thread, socket, random source or hash-map order.
-const SANS_IO: &[&str] =
-    &["types", "wire", "format", "replication", "membership", "planner", "node"];
+const SANS_IO: &[&str] = &[
+    "types",
+    "wire",
+    "format",
+    "replication",
+    "membership",
+    "planner",
+    "node",
+];
 
 /// Crates in which `unsafe` may stand.
 const DRIVERS: &[&str] = &["disk", "host", "export"];
@@ -33,13 +40,22 @@ const FILE_LINES_MAX: usize = 800;
 
 fn root() -> PathBuf {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest.ancestors().nth(2).expect("crates/relevo is two levels deep").to_path_buf()
+    manifest
+        .ancestors()
+        .nth(2)
+        .expect("crates/relevo is two levels deep")
+        .to_path_buf()
 }
 
 fn files(directory: &Path, extension: &str, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(directory).expect("a directory of the repository").flatten() {
+    for entry in fs::read_dir(directory)
+        .expect("a directory of the repository")
+        .flatten()
+    {
         let path = entry.path();
-        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        let hidden = path
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with('.'));
         if hidden || path.ends_with("target") {
             continue;
         }
@@ -71,9 +87,14 @@ fn arrows_go_only_downward() {
         .enumerate()
         .flat_map(|(index, names)| names.iter().map(move |name| (*name, index)))
         .collect();
-    for entry in fs::read_dir(root().join("crates")).expect("crates/").flatten() {
+    for entry in fs::read_dir(root().join("crates"))
+        .expect("crates/")
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let own = layer.get(name.as_str()).unwrap_or_else(|| panic!("{name} has no layer"));
+        let own = layer
+            .get(name.as_str())
+            .unwrap_or_else(|| panic!("{name} has no layer"));
         let manifest = fs::read_to_string(entry.path().join("Cargo.toml")).expect("Cargo.toml");
         let dependencies = manifest
             .split("[dependencies]")
@@ -83,12 +104,20 @@ fn arrows_go_only_downward() {
             .next()
             .unwrap_or("");
         for line in dependencies.lines() {
-            let Some(rest) = line.strip_prefix("relevo-") else { continue };
-            let target: String =
-                rest.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '-').collect();
-            let theirs =
-                layer.get(target.as_str()).unwrap_or_else(|| panic!("{target} has no layer"));
-            assert!(theirs < own, "{name} depends on {target}, which is not below it");
+            let Some(rest) = line.strip_prefix("relevo-") else {
+                continue;
+            };
+            let target: String = rest
+                .chars()
+                .take_while(|c| c.is_ascii_alphanumeric() || *c == '-')
+                .collect();
+            let theirs = layer
+                .get(target.as_str())
+                .unwrap_or_else(|| panic!("{target} has no layer"));
+            assert!(
+                theirs < own,
+                "{name} depends on {target}, which is not below it"
+            );
         }
     }
 }
@@ -123,7 +152,10 @@ fn sans_io_crates_touch_nothing() {
 
 #[test]
 fn unsafe_stands_only_in_drivers() {
-    for entry in fs::read_dir(root().join("crates")).expect("crates/").flatten() {
+    for entry in fs::read_dir(root().join("crates"))
+        .expect("crates/")
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
         let manifest = fs::read_to_string(entry.path().join("Cargo.toml")).expect("Cargo.toml");
         let inherits = manifest.contains("[lints]\nworkspace = true");
@@ -173,12 +205,17 @@ fn test_modules_are_not_forgotten() {
     for directory in ["crates", "testing"] {
         let mut mains = Vec::new();
         files(&root().join(directory), "rs", &mut mains);
-        for main in mains.iter().filter(|path| path.ends_with("tests/it/main.rs")) {
+        for main in mains
+            .iter()
+            .filter(|path| path.ends_with("tests/it/main.rs"))
+        {
             let text = fs::read_to_string(main).expect("source is UTF-8");
             let folder = main.parent().expect("tests/it");
             for entry in fs::read_dir(folder).expect("tests/it").flatten() {
                 let path = entry.path();
-                let Some(stem) = path.file_stem().map(|stem| stem.to_string_lossy().into_owned())
+                let Some(stem) = path
+                    .file_stem()
+                    .map(|stem| stem.to_string_lossy().into_owned())
                 else {
                     continue;
                 };

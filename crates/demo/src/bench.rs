@@ -1,0 +1,220 @@
+//! `relevo bench`: what replication costs, on one machine, in one run.
+//!
+//! Two data nodes and a witness on loopback; a volume with one replica and a volume with two, both
+//! reached by NBD on the same node, measured in turns of a slice each. Machines do other things
+//! too, so only the ratio means much.
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use relevo_export::{
+    bench::{Bench, Measured, Pattern},
+    nbd::client::NbdAddr,
+};
+use relevo_server::api::{CreateVolumeRequest, ReplicaRequest};
+use serde::Serialize;
+
+use crate::{
+    api::{all_in_sync, wait_for},
+    interrupt,
+    lab::{self, Lab, Surroundings},
+    progress::Progress,
+};
+
+/// A volume opens within a second or two of being made primary.
+const OPEN_BOUND: Duration = Duration::from_secs(20);
+
+/// A request that takes longer has failed.
+const REQUEST_BOUND: Duration = Duration::from_secs(10);
+
+/// How long each volume is measured before it is the other's turn.
+const SLICE: Duration = Duration::from_millis(500);
+
+const PATTERNS: [Pattern; 3] = [
+    Pattern::RandomWrite4K { depth: 1 },
+    Pattern::RandomWrite4K { depth: 32 },
+    Pattern::SequentialWrite1M,
+];
+
+/// How `relevo bench` is called.
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    /// Measure each pattern on each volume for so many seconds
+    #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub seconds: u64,
+
+    /// Size of the volumes
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = relevo_types::size::parse_size)]
+    pub size: u64,
+
+    /// Directory for the volumes, on the disk that shall be measured; by default the temporary
+    /// directory (TMPDIR)
+    #[arg(long, value_name = "DIR")]
+    pub directory: Option<PathBuf>,
+}
+
+/// One pattern on both volumes.
+#[derive(Debug, Serialize)]
+struct Row {
+    pattern: String,
+    local: Figures,
+    replicated: Figures,
+    /// Replicated to local: operations a second.
+    iops_ratio: f64,
+    /// Replicated minus local: median latency in microseconds.
+    p50_added_us: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Figures {
+    iops: f64,
+    mib_s: f64,
+    p50_us: f64,
+    p99_us: f64,
+}
+
+impl From<Measured> for Figures {
+    fn from(measured: Measured) -> Self {
+        let Measured {
+            iops,
+            mib_s,
+            p50_us,
+            p99_us,
+            ..
+        } = measured;
+        Self {
+            iops,
+            mib_s,
+            p50_us,
+            p99_us,
+        }
+    }
+}
+
+/// Measures and prints; `json`: one object instead of the table.
+///
+/// # Errors
+/// The cluster could not be built, or a request failed.
+pub fn run(args: &BenchArgs, json: bool) -> anyhow::Result<ExitCode> {
+    let surroundings = lab::enter(Some(Surroundings::Loopback))?;
+    interrupt::install()?;
+    let progress = Progress::new(json);
+    let directory = args.directory.clone().unwrap_or_else(std::env::temp_dir);
+    let lab = Lab::build_in(&directory, surroundings, &progress)?;
+    let local = volume(&lab, "local", args.size, &["one"])?;
+    let replicated = volume(&lab, "replicated", args.size, &["one", "two"])?;
+    let mut rows = Vec::new();
+    for pattern in PATTERNS {
+        progress.step(pattern.title());
+        rows.push(measure(pattern, args.seconds, &local, &replicated)?);
+    }
+    progress.finish();
+    if json {
+        let object = serde_json::json!({ "protocol": "C", "replicas": 2, "patterns": rows });
+        println!("{}", serde_json::to_string_pretty(&object)?);
+    } else {
+        println!("{}", table(&rows));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Creates a volume, makes node `one` its primary and gives its NBD socket.
+fn volume(lab: &Lab, name: &str, size: u64, nodes: &[&str]) -> anyhow::Result<NbdAddr> {
+    let state_dir = &lab.machine("one").state_dir;
+    let replica = |node: &&str| ReplicaRequest {
+        node: (*node).to_owned(),
+        backing: None,
+    };
+    let request = CreateVolumeRequest {
+        name: name.to_owned(),
+        size,
+        replicas: nodes.iter().map(replica).collect(),
+        force: false,
+    };
+    lab.api.call(state_dir, async |client| {
+        client.create_volume(&request).await
+    })?;
+    lab.api
+        .call(state_dir, async |client| client.make_primary(name).await)?;
+    let socket = wait_for(OPEN_BOUND, &format!("volume `{name}` to open"), || {
+        let cluster = lab.api.cluster(state_dir)?;
+        let volume = cluster
+            .volumes
+            .into_iter()
+            .find(|volume| volume.name == name)?;
+        volume.nbd.clone().filter(|_| all_in_sync(&volume))
+    })?;
+    Ok(NbdAddr::Unix(socket))
+}
+
+fn measure(
+    pattern: Pattern,
+    seconds: u64,
+    local: &NbdAddr,
+    replicated: &NbdAddr,
+) -> anyhow::Result<Row> {
+    let open = |address: &NbdAddr, name: &str| {
+        Bench::open(address, name, pattern, REQUEST_BOUND)
+            .with_context(|| format!("open volume `{name}` at {address}"))
+    };
+    let (mut one, mut two) = (open(local, "local")?, open(replicated, "replicated")?);
+    let rounds = (Duration::from_secs(seconds).as_millis() / SLICE.as_millis()).max(1);
+    // One round that does not count: regions become hot, files get their blocks.
+    one.run(SLICE)?;
+    two.run(SLICE)?;
+    one.forget();
+    two.forget();
+    for _ in 0..rounds {
+        interrupt::check()?;
+        one.run(SLICE)?;
+        two.run(SLICE)?;
+    }
+    let (local, replicated) = (one.finish()?, two.finish()?);
+    Ok(Row {
+        pattern: pattern.title(),
+        iops_ratio: replicated.iops / local.iops,
+        p50_added_us: replicated.p50_us - local.p50_us,
+        local: local.into(),
+        replicated: replicated.into(),
+    })
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header([
+        "pattern",
+        "replicas",
+        "operations/s",
+        "MiB/s",
+        "median µs",
+        "99 % µs",
+        "of local",
+    ]);
+    for row in rows {
+        for (name, figures, ratio) in [
+            ("1", &row.local, None),
+            ("2 (C)", &row.replicated, Some(row.iops_ratio)),
+        ] {
+            table.add_row([
+                row.pattern.clone(),
+                name.to_owned(),
+                format!("{:.0}", figures.iops),
+                format!("{:.0}", figures.mib_s),
+                format!("{:.0}", figures.p50_us),
+                format!("{:.0}", figures.p99_us),
+                ratio
+                    .map(|ratio| format!("{:.0} %", ratio * 100.0))
+                    .unwrap_or_default(),
+            ]);
+        }
+    }
+    for column in 2..=6 {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.to_string()
+}

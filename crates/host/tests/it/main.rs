@@ -1,0 +1,48 @@
+//! The drivers against the real kernel. What needs root runs in namespaces of its own and says so
+//! when it can't.
+
+mod addresses;
+mod commands;
+mod mounts;
+mod namespaces;
+mod processes;
+mod supervision;
+
+use std::{env, fmt, time::Duration};
+
+/// What a test needs, or `None` after saying that the test is skipped. With `RELEVO_REQUIRE_ALL=1`
+/// nothing may be skipped.
+fn need<T, E: fmt::Display>(test: &str, result: Result<T, E>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(why) if env::var_os("RELEVO_REQUIRE_ALL").is_some_and(|value| value == "1") => {
+            panic!("{test} may not be skipped: {why}")
+        }
+        Err(why) => {
+            println!("SKIPPED {test}: {why}");
+            None
+        }
+    }
+}
+
+/// Waits until `condition` holds, for at most `patience`; says whether it did.
+fn eventually(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = relevo_host::clock::now() + patience;
+    loop {
+        if condition() {
+            return true;
+        }
+        if relevo_host::clock::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A process, as the kernel sees it: there and not a zombie.
+fn is_alive(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        let after_name = stat.rsplit(')').next().unwrap_or("");
+        !after_name.trim_start().starts_with('Z')
+    })
+}
