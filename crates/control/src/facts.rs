@@ -90,7 +90,7 @@ impl Facts {
     /// It can't be written: then it must not be told to anybody.
     pub fn condemn(&mut self, node: NodeId, generation: LeaseGeneration) -> io::Result<()> {
         if !self.known.contains(&(node, generation)) {
-            self.condemned.append([&Condemned { node, generation }])?;
+            self.condemned.append(&[Condemned { node, generation }])?;
             self.known.push((node, generation));
         }
         Ok(())

@@ -1,10 +1,10 @@
 //! Append-only files of checksummed records.
 //!
-//! A file is a magic followed by records: length (u32), CRC-32C of length and body (u32), body
-//! (postcard), all little-endian. Records of one append reach the disk by one write and one flush,
-//! so a crash can tear only the end of the file: the torn end was never promised to anybody and is cut
-//! off on opening. A bad record with a good one after it is no torn end but damage: the
-//! file is refused, because a node that forgot what it promised must not vote.
+//! A file is a magic followed by frames: length (u32), CRC-32C of length and body (u32), body (the
+//! records of one append, postcard), all little-endian. A frame is on stable storage before the
+//! next one is written, so a crash can tear only the last: it was never promised to anybody and is cut
+//! off on opening. A bad frame with a good one after it is no torn end but damage: the file is
+//! refused, because a node that forgot what it promised must not vote.
 
 use std::{
     fmt,
@@ -16,8 +16,9 @@ use std::{
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Longest record: a cluster state of seven nodes and hundreds of services is far below.
-const RECORD_LEN_MAX: usize = 16 << 20;
+/// Longest frame: a whole log with a cluster state of seven nodes and hundreds of services is far
+/// below.
+const FRAME_LEN_MAX: usize = 16 << 20;
 
 const HEADER_LEN: usize = 8;
 
@@ -32,6 +33,8 @@ pub struct RecordFile<R> {
     path: PathBuf,
     file: File,
     len: u64,
+    /// A write or flush failed: what is on the disk is unknown, and nothing may follow it.
+    broken: bool,
     kind: PhantomData<fn() -> R>,
 }
 
@@ -55,88 +58,50 @@ impl<R: Record> RecordFile<R> {
             .open(path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
-        if bytes.len() < R::MAGIC.len() {
+        let mut records = Vec::new();
+        let position = if bytes.len() < R::MAGIC.len() {
             // New, or torn while it was made: nothing was promised yet.
             file.set_len(0)?;
             file.rewind()?;
             file.write_all(&R::MAGIC)?;
-            file.sync_all()?;
             sync_directory(path)?;
-            let len = R::MAGIC.len() as u64;
-            return Ok((
-                Self {
-                    path: path.to_path_buf(),
-                    file,
-                    len,
-                    kind: PhantomData,
-                },
-                Vec::new(),
-            ));
-        }
-        if !bytes.starts_with(&R::MAGIC) {
-            return Err(damaged(path, "it is no file of this kind or version"));
-        }
-        let mut records = Vec::new();
-        let mut position = R::MAGIC.len();
-        while position < bytes.len() {
-            let Some((record, end)) = decode(&bytes, position) else {
-                if has_record_after(&bytes, position) {
-                    let words =
-                        format!("the record at byte {position} is bad and good ones follow");
-                    return Err(damaged(path, &words));
-                }
-                break;
-            };
-            records.push(postcard::from_bytes(record).map_err(|error| {
-                damaged(
-                    path,
-                    &format!("the record at byte {position} makes no sense: {error}"),
-                )
-            })?);
-            position = end;
-        }
-        file.set_len(position as u64)?;
+            R::MAGIC.len()
+        } else {
+            let position = read_frames(path, &bytes, &mut records)?;
+            file.set_len(position as u64)?;
+            position
+        };
         file.sync_all()?;
         file.seek(SeekFrom::End(0))?;
-        let len = position as u64;
-        Ok((
-            Self {
-                path: path.to_path_buf(),
-                file,
-                len,
-                kind: PhantomData,
-            },
-            records,
-        ))
+        let file = Self {
+            path: path.to_path_buf(),
+            file,
+            len: position as u64,
+            broken: false,
+            kind: PhantomData,
+        };
+        Ok((file, records))
     }
 
-    /// Appends records and returns when they are on stable storage. After an error the file is
-    /// not usable: whether the records are there is unknown.
+    /// Appends records, all of them or none, and returns when they are on stable storage. After
+    /// an error the file takes nothing more: a failed flush is a failed disk.
     ///
     /// # Errors
-    /// I/O.
-    pub fn append<'r>(&mut self, records: impl IntoIterator<Item = &'r R>) -> io::Result<()>
-    where
-        R: 'r,
-    {
-        self.append_unsynced(records)?;
-        self.file.sync_data()
-    }
-
-    /// Appends records that may be lost in a crash.
-    ///
-    /// # Errors
-    /// I/O.
-    pub fn append_unsynced<'r>(
-        &mut self,
-        records: impl IntoIterator<Item = &'r R>,
-    ) -> io::Result<()>
-    where
-        R: 'r,
-    {
-        let bytes = encode_all(records)?;
-        self.file.write_all(&bytes)?;
-        self.len += bytes.len() as u64;
+    /// I/O, or an error before.
+    pub fn append(&mut self, records: &[R]) -> io::Result<()> {
+        if self.broken {
+            return Err(io::Error::other(format!(
+                "{} failed before; what it holds is known only after a restart",
+                self.path.display()
+            )));
+        }
+        let frame = encode(records)?;
+        // Until the flush is known to have worked.
+        self.broken = true;
+        self.file.write_all(&frame)?;
+        self.file.sync_data()?;
+        self.broken = false;
+        self.len += frame.len() as u64;
         Ok(())
     }
 
@@ -144,10 +109,7 @@ impl<R: Record> RecordFile<R> {
     ///
     /// # Errors
     /// I/O; then the old content is still there.
-    pub fn rewrite<'r>(&mut self, records: impl IntoIterator<Item = &'r R>) -> io::Result<()>
-    where
-        R: 'r,
-    {
+    pub fn rewrite(&mut self, records: &[R]) -> io::Result<()> {
         let temporary = self.path.with_extension("new");
         let mut file = File::options()
             .read(true)
@@ -156,7 +118,7 @@ impl<R: Record> RecordFile<R> {
             .truncate(true)
             .open(&temporary)?;
         let mut bytes = R::MAGIC.to_vec();
-        bytes.extend(encode_all(records)?);
+        bytes.extend(encode(records)?);
         file.write_all(&bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, &self.path)?;
@@ -179,20 +141,45 @@ impl<R: Record> RecordFile<R> {
     }
 }
 
-fn encode_all<'r, R: Record + 'r>(records: impl IntoIterator<Item = &'r R>) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    for record in records {
-        let body = postcard::to_stdvec(record).map_err(io::Error::other)?;
-        let len = u32::try_from(body.len())
-            .ok()
-            .filter(|len| *len as usize <= RECORD_LEN_MAX);
-        let len = len
-            .ok_or_else(|| io::Error::other("a record is too long"))?
-            .to_le_bytes();
-        bytes.extend_from_slice(&len);
-        bytes.extend_from_slice(&checksum(len, &body).to_le_bytes());
-        bytes.extend_from_slice(&body);
+/// Reads the records of all good frames; gives where they end.
+fn read_frames<R: Record>(path: &Path, bytes: &[u8], records: &mut Vec<R>) -> io::Result<usize> {
+    if !bytes.starts_with(&R::MAGIC) {
+        return Err(damaged(path, "it is no file of this kind or version"));
     }
+    let mut position = R::MAGIC.len();
+    while position < bytes.len() {
+        let Some((body, end)) = decode(bytes, position) else {
+            if has_frame_after(bytes, position) {
+                let words =
+                    format!("what stands at byte {position} is bad and good records follow");
+                return Err(damaged(path, &words));
+            }
+            break;
+        };
+        let frame: Vec<R> = postcard::from_bytes(body).map_err(|error| {
+            damaged(
+                path,
+                &format!("what stands at byte {position} makes no sense: {error}"),
+            )
+        })?;
+        records.extend(frame);
+        position = end;
+    }
+    Ok(position)
+}
+
+/// One frame of records.
+fn encode<R: Record>(records: &[R]) -> io::Result<Vec<u8>> {
+    let body = postcard::to_stdvec(records).map_err(io::Error::other)?;
+    let len = u32::try_from(body.len())
+        .ok()
+        .filter(|len| *len as usize <= FRAME_LEN_MAX)
+        .ok_or_else(|| io::Error::other("the records are too long for one frame"))?
+        .to_le_bytes();
+    let mut bytes = Vec::with_capacity(HEADER_LEN + body.len());
+    bytes.extend_from_slice(&len);
+    bytes.extend_from_slice(&checksum(len, &body).to_le_bytes());
+    bytes.extend_from_slice(&body);
     Ok(bytes)
 }
 
@@ -200,13 +187,13 @@ fn checksum(len: [u8; 4], body: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&len), body)
 }
 
-/// The body of the record at `position`, and where it ends.
+/// The body of the frame at `position`, and where it ends.
 fn decode(bytes: &[u8], position: usize) -> Option<(&[u8], usize)> {
     let header = bytes.get(position..position + HEADER_LEN)?;
     let len: [u8; 4] = header[..4].try_into().ok()?;
     let sum = u32::from_le_bytes(header[4..].try_into().ok()?);
     let size = u32::from_le_bytes(len) as usize;
-    if size > RECORD_LEN_MAX {
+    if size > FRAME_LEN_MAX {
         return None;
     }
     let end = position + HEADER_LEN + size;
@@ -214,9 +201,8 @@ fn decode(bytes: &[u8], position: usize) -> Option<(&[u8], usize)> {
     (checksum(len, body) == sum).then_some((body, end))
 }
 
-/// Whether a good record with content begins anywhere after `position`. Records of no length are
-/// passed over: eight zero bytes look like one.
-fn has_record_after(bytes: &[u8], position: usize) -> bool {
+/// Whether a good frame begins anywhere after `position`.
+fn has_frame_after(bytes: &[u8], position: usize) -> bool {
     (position + 1..bytes.len())
         .any(|start| decode(bytes, start).is_some_and(|(body, _)| !body.is_empty()))
 }
@@ -258,13 +244,8 @@ mod tests {
 
     #[test]
     fn the_bytes_on_disk_stay_what_they_are() {
-        let bytes = encode_all(&words(&["abc"])).unwrap();
-        assert_eq!(bytes[..4], 4u32.to_le_bytes());
-        assert_eq!(&bytes[8..], b"\x03abc");
-        assert_eq!(
-            bytes[4..8],
-            checksum(4u32.to_le_bytes(), b"\x03abc").to_le_bytes()
-        );
+        let bytes = encode(&words(&["abc"])).unwrap();
+        assert_eq!(bytes, b"\x05\0\0\0\x80\x06\x08\x9d\x01\x03abc");
     }
 
     #[test]
@@ -288,7 +269,9 @@ mod tests {
             assert_eq!(again.len(), found.len() + 1, "cut at {cut}");
             assert_eq!(again.last(), Some(&Word("more".to_owned())));
         }
-        // Only a cut between records loses none of the ones before it.
+        // One append is there whole or not at all.
+        fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+        assert!(RecordFile::<Word>::open(&path).unwrap().1.is_empty());
         fs::write(&path, &whole).unwrap();
         assert_eq!(RecordFile::<Word>::open(&path).unwrap().1, all);
     }
@@ -298,10 +281,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("words");
         let (mut file, _) = RecordFile::<Word>::open(&path).unwrap();
-        file.append(&words(&["first", "second"])).unwrap();
+        file.append(&words(&["first"])).unwrap();
+        file.append(&words(&["second"])).unwrap();
         drop(file);
         let whole = fs::read(&path).unwrap();
-        let second = 8 + HEADER_LEN + 6;
+        let second = 8 + HEADER_LEN + 7;
         for flip in 8..whole.len() {
             let mut bytes = whole.clone();
             bytes[flip] ^= 0x10;
@@ -328,6 +312,22 @@ mod tests {
         assert_eq!(
             RecordFile::<Word>::open(&path).unwrap().1,
             words(&["d", "e"])
+        );
+    }
+
+    #[test]
+    fn after_a_failure_nothing_is_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut file, _) = RecordFile::<Word>::open(&directory.path().join("words")).unwrap();
+        // A descriptor that can't be written stands for a disk that fails.
+        file.file = File::open("/dev/null").unwrap();
+        assert!(file.append(&words(&["a"])).is_err());
+        file.file = File::create(directory.path().join("good")).unwrap();
+        assert!(
+            file.append(&words(&["b"]))
+                .unwrap_err()
+                .to_string()
+                .contains("restart")
         );
     }
 

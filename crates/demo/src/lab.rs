@@ -185,7 +185,7 @@ impl Lab {
                         .to_owned(),
                 );
             }
-            Surroundings::Namespaces if relevo_host::mkfs::find("ext4").is_none() => {
+            Surroundings::Namespaces if !relevo_host::mkfs::is_available("ext4") => {
                 self.left_out.push(
                     "block device and ext4: mkfs.ext4 is not installed (Debian: e2fsprogs); the \
                      ledger writes to the volume over NBD"

@@ -1,7 +1,13 @@
 //! The client of the demo: a process in its own namespace that posts entries without a pause, and
 //! its journal, read from here.
 
-use std::{fs::File, path::PathBuf, process::Child, time::Duration};
+use std::{
+    cell::{Ref, RefCell},
+    fs::File,
+    path::PathBuf,
+    process::Child,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use relevo_host::command::NsCommand;
@@ -18,14 +24,13 @@ const REQUEST_TIMEOUT_MS: u32 = 400;
 /// The same for a connection.
 const CONNECT_TIMEOUT_MS: u32 = 200;
 
-/// Rest between two entries: some 300 entries a second leave the machine time for three nodes.
-const PAUSE_MS: u32 = 2;
-
 /// The posting process.
 #[derive(Debug)]
 pub(crate) struct Client {
     child: Child,
     journal: PathBuf,
+    /// What was read of the journal, and up to where.
+    read: RefCell<(Vec<Acknowledged>, u64)>,
 }
 
 impl Client {
@@ -40,7 +45,6 @@ impl Client {
             .arg(&journal)
             .args(["--request-timeout-ms", &REQUEST_TIMEOUT_MS.to_string()])
             .args(["--connect-timeout-ms", &CONNECT_TIMEOUT_MS.to_string()])
-            .args(["--pause-ms", &PAUSE_MS.to_string()])
             .stdout(log.try_clone()?)
             .stderr(log)
             .own_group();
@@ -54,9 +58,15 @@ impl Client {
     }
 
     /// Every entry acknowledged so far, in order.
-    fn entries(&self) -> Vec<Acknowledged> {
+    fn entries(&self) -> Ref<'_, Vec<Acknowledged>> {
+        let mut read = self.read.borrow_mut();
         // Not there before the first entry.
-        Journal::read(&self.journal).unwrap_or_default()
+        if let Ok((new, end)) = Journal::read_from(&self.journal, read.1) {
+            read.0.extend(new);
+            read.1 = end;
+        }
+        drop(read);
+        Ref::map(self.read.borrow(), |(entries, _)| entries)
     }
 
     /// How many entries were acknowledged after a moment.

@@ -24,8 +24,9 @@ use crate::{
 /// Name of the demo's volume and of its service.
 const NAME: &str = "ledger";
 
-/// Small, so that comparing replicas is quick; large enough for ext4 with a journal.
-const VOLUME_SIZE: u64 = 64 << 20;
+/// Small, so that comparing replicas is quick; large enough for ext4 with a journal, and for a
+/// block for every entry where the ledger writes to the volume itself.
+const VOLUME_SIZE: u64 = 256 << 20;
 
 /// A takeover takes a second or two; after this the scene has failed.
 const SERVE_BOUND: Duration = Duration::from_secs(30);

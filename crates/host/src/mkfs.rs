@@ -41,6 +41,12 @@ pub fn is_blank(device: &Path) -> Result<bool> {
     })
 }
 
+/// Whether the tool that makes file systems of this type is installed.
+#[must_use]
+pub fn is_available(filesystem: &str) -> bool {
+    find_tool(&format!("mkfs.{filesystem}")).is_some()
+}
+
 /// Makes a file system of type `filesystem` on `device`, overwriting what is there. Blocks for
 /// as long as the tool runs; the tool dies with this process.
 ///

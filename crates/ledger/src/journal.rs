@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File, OpenOptions},
-    io::{self, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     path::Path,
     time::Duration,
 };
@@ -101,9 +101,20 @@ impl Journal {
     /// # Errors
     /// The system's, or a line that is none of a journal.
     pub fn read(path: &Path) -> io::Result<Vec<Acknowledged>> {
-        let content = fs::read_to_string(path)?;
-        let whole = content.rfind('\n').map_or("", |end| &content[..end]);
-        whole
+        Self::read_from(path, 0).map(|(entries, _)| entries)
+    }
+
+    /// Reads what was added from byte `offset` on, and says where to go on the next time.
+    ///
+    /// # Errors
+    /// As of [`Self::read`].
+    pub fn read_from(path: &Path, offset: u64) -> io::Result<(Vec<Acknowledged>, u64)> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(offset))?;
+        let mut content = String::new();
+        file.read_to_string(&mut content)?;
+        let whole = content.rfind('\n').map_or("", |end| &content[..=end]);
+        let entries = whole
             .lines()
             .filter(|line| !line.starts_with('#') && !line.is_empty())
             .map(|line| {
@@ -114,7 +125,8 @@ impl Journal {
                     )
                 })
             })
-            .collect()
+            .collect::<io::Result<_>>()?;
+        Ok((entries, offset + whole.len() as u64))
     }
 }
 

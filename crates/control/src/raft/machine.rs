@@ -1,6 +1,7 @@
 //! The applied state: in memory, published to watchers, and in a snapshot file.
 
 use std::{
+    collections::VecDeque,
     fs,
     io::{self, Cursor},
     path::{Path, PathBuf},
@@ -15,7 +16,7 @@ use relevo_types::cluster::ClusterState;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::{MaybeResponse, Response, TypeConfig};
+use super::{MaybeResponse, Proposal, Response, TypeConfig};
 use crate::facts::{open_sealed, seal, write_durably};
 
 type Membership = StoredMembership<u64, openraft::EmptyNode>;
@@ -26,7 +27,13 @@ struct Content {
     last: Option<LogId<u64>>,
     membership: Membership,
     state: ClusterState,
+    /// What the last proposals answered, oldest first: one that arrives again because its answer
+    /// was lost gets the same answer and is not applied twice.
+    answered: VecDeque<(u64, Response)>,
 }
+
+/// A proposal is repeated for seconds at most; so many commands are not applied in that time.
+const ANSWERS_KEPT: usize = 256;
 
 /// The state machine.
 #[derive(Debug)]
@@ -87,13 +94,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             self.content.last = Some(entry.log_id);
             responses.push(MaybeResponse(match entry.payload {
                 EntryPayload::Blank => None,
-                EntryPayload::Normal(command) => {
+                EntryPayload::Normal(proposal) => {
                     changed = true;
-                    let result = self.content.state.apply(&command);
-                    Some(Response {
-                        revision: self.content.state.revision,
-                        result,
-                    })
+                    Some(self.content.apply(&proposal))
                 }
                 EntryPayload::Membership(membership) => {
                     self.content.membership = StoredMembership::new(Some(entry.log_id), membership);
@@ -165,6 +168,23 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
 }
 
 impl Content {
+    fn apply(&mut self, proposal: &Proposal) -> Response {
+        let known = self.answered.iter().find(|(id, _)| *id == proposal.id);
+        if let Some((_, response)) = known {
+            return response.clone();
+        }
+        let result = self.state.apply(&proposal.command);
+        let response = Response {
+            revision: self.state.revision,
+            result,
+        };
+        self.answered.push_back((proposal.id, response.clone()));
+        if self.answered.len() > ANSWERS_KEPT {
+            self.answered.pop_front();
+        }
+        response
+    }
+
     fn snapshot(&self, bytes: Vec<u8>) -> Snapshot<TypeConfig> {
         let snapshot_id = self
             .last

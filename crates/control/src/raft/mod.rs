@@ -2,9 +2,11 @@
 //!
 //! * `store`: log, vote and commit mark in a [`crate::journal::RecordFile`].
 //! * `machine`: the applied [`ClusterState`] and its snapshots.
+//! * `elector`: when to stand for election, after asking whether it has a chance.
 //! * `network`: requests to the other nodes through [`crate::Peers`].
 //! * `reconcile`: the members of the consensus group follow the nodes in the state.
 
+mod elector;
 mod machine;
 mod network;
 mod reconcile;
@@ -39,7 +41,7 @@ use tokio::{
 
 use crate::{
     ControlLog, Peers, ProposeError,
-    raft::{machine::StateMachine, network::Network, store::LogStore},
+    raft::{elector::Elector, machine::StateMachine, network::Network, store::LogStore},
 };
 
 /// What a command answers, as it travels in the log's responses.
@@ -53,7 +55,7 @@ struct Response {
 openraft::declare_raft_types!(
     /// The types of our use of the library.
     pub(crate) TypeConfig:
-        D = Command,
+        D = Proposal,
         R = MaybeResponse,
         NodeId = u64,
         Node = openraft::EmptyNode,
@@ -61,6 +63,22 @@ openraft::declare_raft_types!(
         SnapshotData = Cursor<Vec<u8>>,
         AsyncRuntime = openraft::TokioRuntime,
 );
+
+/// A command on its way into the log. The id tells a proposal that is sent again, because its
+/// answer was lost, from a new one with the same content.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Proposal {
+    id: u64,
+    command: Command,
+}
+
+impl Proposal {
+    fn new(command: Command) -> Self {
+        // Randomly seeded once for each call; no two are alike.
+        let id = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), 0u8);
+        Self { id, command }
+    }
+}
 
 /// The answer to an entry; entries of the library itself have none.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -97,6 +115,7 @@ pub struct RaftControl {
     peers: Arc<dyn Peers>,
     state: watch::Receiver<Arc<ClusterState>>,
     leader: watch::Receiver<Option<NodeId>>,
+    elector: Arc<Elector>,
     background: Vec<JoinHandle<()>>,
 }
 
@@ -112,6 +131,10 @@ enum Request {
     Append(openraft::raft::AppendEntriesRequest<TypeConfig>),
     Vote(openraft::raft::VoteRequest<u64>),
     Snapshot(openraft::raft::InstallSnapshotRequest<TypeConfig>),
+    /// Would you vote for a leader whose log ends here? Answered by a `bool`.
+    PreVote {
+        last: Option<openraft::LogId<u64>>,
+    },
 }
 
 /// What a forwarded proposal answers.
@@ -136,20 +159,29 @@ impl RaftControl {
             u64::from(config.me.0),
             Arc::new(raft_config(config.timing)?),
             Network::new(peers.clone()),
-            store,
+            store.clone(),
             machine,
         )
         .await
         .map_err(|error| io::Error::other(error.to_string()))?;
         let (leader, follow) = follow_leader(&raft);
         let reconcile = tokio::spawn(reconcile::run(config.me, raft.clone(), state.clone()));
-        let background = vec![follow, reconcile];
+        let elector = Arc::new(Elector::new(
+            config.me,
+            config.timing,
+            raft.clone(),
+            store,
+            peers.clone(),
+        ));
+        let elect = tokio::spawn(elector.clone().run());
+        let background = vec![follow, reconcile, elect];
         Ok(Self {
             me: config.me,
             raft,
             peers,
             state,
             leader,
+            elector,
             background,
         })
     }
@@ -178,7 +210,14 @@ impl RaftControl {
     /// It made no sense, or this copy failed; in words.
     pub async fn handle_raft(&self, request: &[u8]) -> Result<Vec<u8>, String> {
         match postcard::from_bytes(request).map_err(|error| error.to_string())? {
-            Request::Append(request) => encode(&self.raft.append_entries(request).await),
+            Request::Append(request) => {
+                let answer = self.raft.append_entries(request).await;
+                if matches!(answer, Ok(openraft::raft::AppendEntriesResponse::Success)) {
+                    self.elector.heard_leader();
+                }
+                encode(&answer)
+            }
+            Request::PreVote { last } => encode(&self.elector.would_vote(last)),
             Request::Vote(request) => encode(&self.raft.vote(request).await),
             Request::Snapshot(request) => encode(&self.raft.install_snapshot(request).await),
         }
@@ -189,8 +228,8 @@ impl RaftControl {
     /// # Errors
     /// It made no sense; in words.
     pub async fn handle_propose(&self, request: &[u8]) -> Result<Vec<u8>, String> {
-        let command = postcard::from_bytes(request).map_err(|error| error.to_string())?;
-        encode(&self.propose_here(command).await)
+        let proposal = postcard::from_bytes(request).map_err(|error| error.to_string())?;
+        encode(&self.propose_here(proposal).await)
     }
 
     /// Stops this copy. Its files can be opened again after.
@@ -204,8 +243,8 @@ impl RaftControl {
     }
 
     /// Proposes as the leader, if this node is it.
-    async fn propose_here(&self, command: Command) -> Forwarded {
-        match self.raft.client_write(command).await {
+    async fn propose_here(&self, proposal: Proposal) -> Forwarded {
+        match self.raft.client_write(proposal).await {
             Ok(written) => written
                 .data
                 .0
@@ -216,9 +255,9 @@ impl RaftControl {
     }
 
     /// Proposes to whoever leads, until someone answers or the bound is reached.
-    async fn propose_somewhere(&self, command: &Command) -> Result<Response, String> {
+    async fn propose_somewhere(&self, proposal: &Proposal) -> Result<Response, String> {
         let deadline = Instant::now() + PROPOSE_BOUND;
-        let bytes = postcard::to_stdvec(command).map_err(|error| error.to_string())?;
+        let bytes = postcard::to_stdvec(proposal).map_err(|error| error.to_string())?;
         let mut reason = "no leader is known".to_owned();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -228,7 +267,7 @@ impl RaftControl {
             let leader = *self.leader.borrow();
             let answer = match leader {
                 Some(leader) if leader == self.me => {
-                    match timeout(left, self.propose_here(command.clone())).await {
+                    match timeout(left, self.propose_here(proposal.clone())).await {
                         Ok(answer) => answer,
                         Err(_) => return Err("the leader can't reach a majority".to_owned()),
                     }
@@ -263,14 +302,17 @@ impl RaftControl {
 #[async_trait]
 impl ControlLog for RaftControl {
     async fn propose(&self, command: Command) -> Result<Outcome, ProposeError> {
-        let answer = self.propose_somewhere(&command).await.map_err(|reason| {
-            let state = self.state.borrow();
-            ProposeError::Undecided {
-                reason,
-                needed: state.majority(),
-                voters: state.voters().count(),
-            }
-        })?;
+        let answer = self
+            .propose_somewhere(&Proposal::new(command))
+            .await
+            .map_err(|reason| {
+                let state = self.state.borrow();
+                ProposeError::Undecided {
+                    reason,
+                    needed: state.majority(),
+                    voters: state.voters().count(),
+                }
+            })?;
         // The leader applied it; wait until this node did, so that the caller sees the effect.
         let mut state = self.state.clone();
         let seen = state.wait_for(|state| state.revision >= answer.revision);
@@ -287,15 +329,16 @@ impl ControlLog for RaftControl {
     }
 }
 
-/// Elections fit into the dead time: the voters need it anyway to condemn a dead node's lease, and
-/// by then a new leader must be there to act on it.
+/// Elections are started by our own [`Elector`]; what the library's time-outs still decide is for
+/// how long a voter that heard a leader refuses to vote for another one.
 fn raft_config(timing: Timing) -> io::Result<Config> {
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let config = Config {
         cluster_name: "relevo".to_owned(),
         heartbeat_interval: millis(timing.heartbeat),
-        election_timeout_min: millis(timing.dead * 5 / 10),
-        election_timeout_max: millis(timing.dead * 8 / 10),
+        election_timeout_min: millis(timing.heartbeat * 2),
+        election_timeout_max: millis(timing.heartbeat * 4),
+        enable_elect: false,
         install_snapshot_timeout: 5000,
         max_payload_entries: 64,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),

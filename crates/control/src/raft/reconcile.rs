@@ -13,7 +13,7 @@ use relevo_types::{
 };
 use tokio::{sync::watch, time::timeout};
 
-use super::{TypeConfig, node_id};
+use super::{Proposal, TypeConfig, node_id};
 
 /// A learner this close to the end of the log has caught up: a few commands are under way at any
 /// time.
@@ -73,7 +73,7 @@ async fn step(me: NodeId, raft: &Raft<TypeConfig>, state: &ClusterState) -> Resu
                 return Ok(());
             }
         } else if !node.voter {
-            raft.client_write(Command::AdmitVoter { node: node.id })
+            raft.client_write(Proposal::new(Command::AdmitVoter { node: node.id }))
                 .await
                 .map_err(|error| error.to_string())?;
             return Ok(());

@@ -52,15 +52,13 @@ struct Log {
 }
 
 /// The store; clones share it (the library reads through one and writes through another).
+///
+/// Two locks, so that readers on the runtime's threads never wait for a disk: the file's is held
+/// during a flush, the log's only while memory changes. The file's is taken first.
 #[derive(Clone, Debug)]
 pub(super) struct LogStore {
-    inner: Arc<Mutex<Inner>>,
-}
-
-#[derive(Debug)]
-struct Inner {
-    log: Log,
-    file: RecordFile<Step>,
+    file: Arc<Mutex<RecordFile<Step>>>,
+    log: Arc<Mutex<Log>>,
 }
 
 impl LogStore {
@@ -69,31 +67,53 @@ impl LogStore {
         let mut log = Log::default();
         steps.into_iter().for_each(|step| log.take(step));
         Ok(Self {
-            inner: Arc::new(Mutex::new(Inner { log, file })),
+            file: Arc::new(Mutex::new(file)),
+            log: Arc::new(Mutex::new(log)),
         })
     }
 
-    /// A panic while the lock is held can only come from memory running out; the content is
-    /// changed after the file, so it is still true.
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    /// Where the log ends.
+    pub(super) fn last(&self) -> Option<LogId<u64>> {
+        let log = self.log();
+        let last = log.entries.values().next_back().map(|entry| entry.log_id);
+        last.or(log.purged)
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        lock(&self.log)
     }
 
     /// Writes steps durably, then takes them. Off the runtime's threads: a flush takes
     /// milliseconds.
-    async fn write(&self, steps: Vec<Step>) -> io::Result<()> {
+    async fn write(&self, mut steps: Vec<Step>) -> io::Result<()> {
         let store = self.clone();
         tokio::task::spawn_blocking(move || {
-            let mut inner = store.lock();
-            inner.file.append(&steps)?;
-            steps.into_iter().for_each(|step| inner.log.take(step));
-            inner.compact()
+            let mut file = lock(&store.file);
+            // The commit mark is a hint; it rides along and never costs a flush.
+            let committed = store.log().committed;
+            steps.push(Step::Committed(committed));
+            file.append(&steps)?;
+            let mut log = store.log();
+            steps.into_iter().for_each(|step| log.take(step));
+            let obsolete = file.len() > COMPACT_ABOVE;
+            let steps = if obsolete { log.steps() } else { Vec::new() };
+            drop(log);
+            if obsolete {
+                file.rewrite(&steps)?;
+            }
+            Ok(())
         })
         .await
         .map_err(io::Error::other)?
     }
+}
+
+/// A panic while a lock is held can only come from memory running out; the log is changed after
+/// the file, so it is still true.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl Log {
@@ -110,7 +130,8 @@ impl Log {
                 self.entries = self.entries.split_off(&(up_to.index + 1));
                 self.purged = Some(up_to);
             }
-            Step::Committed(committed) => self.committed = committed,
+            // Older than what is known, unless the file is being read.
+            Step::Committed(committed) => self.committed = self.committed.max(committed),
         }
     }
 
@@ -126,23 +147,13 @@ impl Log {
     }
 }
 
-impl Inner {
-    fn compact(&mut self) -> io::Result<()> {
-        if self.file.len() > COMPACT_ABOVE {
-            self.file.rewrite(&self.log.steps())?;
-        }
-        Ok(())
-    }
-}
-
 impl RaftLogReader<TypeConfig> for LogStore {
     async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
         &mut self,
         range: RB,
     ) -> Result<Vec<Entry>, StorageError<u64>> {
         Ok(self
-            .lock()
-            .log
+            .log()
             .entries
             .range(range)
             .map(|(_, entry)| entry.clone())
@@ -154,11 +165,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     type LogReader = Self;
 
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, StorageError<u64>> {
-        let log = &self.lock().log;
-        let last = log.entries.values().next_back().map(|entry| entry.log_id);
+        let last_purged_log_id = self.log().purged;
+        let last_log_id = self.last();
         Ok(LogState {
-            last_purged_log_id: log.purged,
-            last_log_id: last.or(log.purged),
+            last_purged_log_id,
+            last_log_id,
         })
     }
 
@@ -173,27 +184,21 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote<u64>>, StorageError<u64>> {
-        Ok(self.lock().log.vote)
+        Ok(self.log().vote)
     }
 
     async fn save_committed(
         &mut self,
         committed: Option<LogId<u64>>,
     ) -> Result<(), StorageError<u64>> {
-        // A hint that may be lost: no flush.
-        let mut inner = self.lock();
-        let step = Step::Committed(committed);
-        inner
-            .file
-            .append_unsynced([&step])
-            .map_err(|error| StorageIOError::write_logs(&error))?;
-        inner.log.take(step);
+        // A hint: it reaches the disk with the next step.
+        self.log().committed = committed;
         Ok(())
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId<u64>>, StorageError<u64>> {
         // The hint may have outlived entries that were lost with a crash before their flush.
-        let log = &self.lock().log;
+        let log = self.log();
         let last = log.entries.keys().next_back().copied();
         Ok(log.committed.filter(|committed| {
             last.is_some_and(|last| committed.index <= last)

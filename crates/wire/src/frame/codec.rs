@@ -1,6 +1,6 @@
 //! The fields of each message, in the order of the protocol's specification.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use relevo_types::{BlockRange, ByteRange, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Seq};
 
 use super::{FrameError, MAX_BLOCK_RUNS, MAX_DATA_BYTES};

@@ -1,0 +1,512 @@
+//! A cluster of membership machines under one true time, each with its own drifting clock, and a
+//! checker that knows everything.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, BinaryHeap},
+};
+
+use relevo_membership::{Effect, Heartbeat, Input, Liveness, MemberConfig, Membership};
+use relevo_types::{Instance, LeaseGeneration, NodeId, Time, Timing};
+
+const MS: u64 = 1_000_000;
+
+/// A fault, at a true time in milliseconds.
+#[derive(Clone, Debug)]
+pub(crate) enum Fault {
+    /// Nothing gets from one node to the other; one way.
+    Cut { from: u8, to: u8, ms: u64 },
+    /// Nothing gets to or from a node.
+    Isolate { node: u8, ms: u64 },
+    /// A share of all heartbeats is lost.
+    Loss { percent: u8, ms: u64 },
+    /// Heartbeats take up to that long.
+    Delay { up_to_ms: u64, ms: u64 },
+    /// The process does not run; what arrives meanwhile waits for it.
+    Pause { node: u8, ms: u64 },
+    /// The process dies and starts again.
+    Restart { node: u8, down_ms: u64 },
+}
+
+/// What a run is made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) nodes: u8,
+    /// Each node's clock gains that many thousandths.
+    pub(crate) drift_permille: Vec<i64>,
+    pub(crate) faults: Vec<(u64, Fault)>,
+    pub(crate) seed: u64,
+    pub(crate) timing: Timing,
+}
+
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Event {
+    Tick {
+        node: usize,
+        wakeup: u64,
+    },
+    Arrive {
+        node: usize,
+        from: usize,
+        message: usize,
+    },
+    Persisted {
+        node: usize,
+        life: u64,
+        of: NodeId,
+        generation: LeaseGeneration,
+    },
+    /// The node applies one more entry of the control log.
+    Apply {
+        node: usize,
+    },
+    Fault {
+        index: usize,
+    },
+    Resume {
+        node: usize,
+    },
+    Start {
+        node: usize,
+    },
+}
+
+struct Machine {
+    /// `None` while the process is down.
+    core: Option<Membership>,
+    /// Counts its processes.
+    life: u64,
+    /// Only the tick that was armed last counts.
+    wakeup: u64,
+    paused: bool,
+    /// What arrived during a pause.
+    inbox: Vec<Input>,
+    /// Durable.
+    condemned: BTreeSet<(NodeId, LeaseGeneration)>,
+    /// Entries of the control log that were applied; durable.
+    applied: usize,
+    offset: u64,
+    drift_permille: i64,
+}
+
+type Standing = BTreeMap<NodeId, (LeaseGeneration, bool)>;
+
+pub(crate) struct Cluster {
+    plan: Plan,
+    now: u64,
+    queue: BinaryHeap<Reverse<(u64, u64, Event)>>,
+    events: u64,
+    machines: Vec<Machine>,
+    messages: Vec<(String, Heartbeat)>,
+    cuts: Vec<(usize, usize, u64)>,
+    loss: (u8, u64),
+    delay: (u64, u64),
+    /// The control log: the standing of all nodes after each entry.
+    log: Vec<Standing>,
+    random: u64,
+    pub(crate) evictions: usize,
+    pub(crate) readmissions: usize,
+}
+
+fn id(index: usize) -> NodeId {
+    NodeId(u32::try_from(index).unwrap() + 1)
+}
+
+impl Cluster {
+    pub(crate) fn new(plan: Plan) -> Self {
+        let nodes = usize::from(plan.nodes);
+        let standing: Standing = (0..nodes)
+            .map(|index| (id(index), (LeaseGeneration(1), false)))
+            .collect();
+        let machines = (0..nodes)
+            .map(|index| Machine {
+                core: None,
+                life: 0,
+                wakeup: 0,
+                paused: false,
+                inbox: Vec::new(),
+                condemned: BTreeSet::new(),
+                applied: 1,
+                offset: (index as u64 + 1) * 1_000_000 * MS,
+                drift_permille: plan.drift_permille[index],
+            })
+            .collect();
+        let mut cluster = Self {
+            now: 0,
+            queue: BinaryHeap::new(),
+            events: 0,
+            machines,
+            messages: Vec::new(),
+            cuts: Vec::new(),
+            loss: (0, 0),
+            delay: (0, 0),
+            log: vec![standing],
+            random: plan.seed | 1,
+            evictions: 0,
+            readmissions: 0,
+            plan,
+        };
+        for node in 0..nodes {
+            cluster.at(0, Event::Start { node });
+        }
+        for index in 0..cluster.plan.faults.len() {
+            let at = cluster.plan.faults[index].0 * MS;
+            cluster.at(at, Event::Fault { index });
+        }
+        cluster
+    }
+
+    /// Runs to a true time in milliseconds, checking after every event.
+    pub(crate) fn run(&mut self, to_ms: u64) -> Result<(), String> {
+        while let Some(Reverse((at, _, _))) = self.queue.peek()
+            && *at <= to_ms * MS
+        {
+            let Some(Reverse((at, _, event))) = self.queue.pop() else {
+                break;
+            };
+            self.now = at;
+            self.step(event);
+            self.decide();
+            self.check()?;
+        }
+        self.now = to_ms * MS;
+        Ok(())
+    }
+
+    /// Everyone is alive to everyone, and everyone holds its lease.
+    pub(crate) fn healed(&self) -> Result<(), String> {
+        for (index, machine) in self.machines.iter().enumerate() {
+            let Some(core) = &machine.core else {
+                return Err(format!("{} is down", id(index)));
+            };
+            let status = core.status();
+            for (peer, status) in &status.peers {
+                if status.liveness != Liveness::Alive {
+                    return Err(format!(
+                        "{peer} is {:?} to {}: {}",
+                        status.liveness,
+                        id(index),
+                        status.reason
+                    ));
+                }
+            }
+            if status.lease_until <= self.local(index) {
+                return Err(format!("{} has no lease", id(index)));
+            }
+        }
+        Ok(())
+    }
+
+    fn at(&mut self, at: u64, event: Event) {
+        self.events += 1;
+        self.queue
+            .push(Reverse((at.max(self.now), self.events, event)));
+    }
+
+    /// A number below `below`.
+    fn draw(&mut self, below: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % below.max(1)
+    }
+
+    /// A machine's own clock.
+    fn local(&self, node: usize) -> Time {
+        let machine = &self.machines[node];
+        let gained = i128::from(self.now) * i128::from(machine.drift_permille) / 1000;
+        Time(machine.offset + u64::try_from(i128::from(self.now) + gained).unwrap())
+    }
+
+    /// The true time at which a machine's own clock shows this.
+    fn true_time(&self, node: usize, local: Time) -> u64 {
+        let machine = &self.machines[node];
+        let rate = u128::try_from(1000 + machine.drift_permille).unwrap();
+        let shown = u128::from(local.0.saturating_sub(machine.offset));
+        u64::try_from((shown * 1000).div_ceil(rate)).unwrap_or(u64::MAX / 2)
+    }
+
+    fn step(&mut self, event: Event) {
+        match event {
+            Event::Start { node } => self.start(node),
+            Event::Tick { node, wakeup } => {
+                let machine = &self.machines[node];
+                if machine.wakeup == wakeup && !machine.paused {
+                    self.input(node, Input::Tick);
+                }
+            }
+            Event::Arrive {
+                node,
+                from,
+                message,
+            } => {
+                let cut = self
+                    .cuts
+                    .iter()
+                    .any(|(f, t, until)| (*f, *t) == (from, node) && self.now < *until);
+                if !cut {
+                    let (path, heartbeat) = self.messages[message].clone();
+                    self.input(node, Input::Heartbeat { path, heartbeat });
+                }
+            }
+            Event::Persisted {
+                node,
+                life,
+                of,
+                generation,
+            } => {
+                // A process that died meanwhile may or may not have written it down.
+                if self.machines[node].life == life || self.draw(2) == 0 {
+                    self.machines[node].condemned.insert((of, generation));
+                }
+                if self.machines[node].life == life {
+                    self.input(
+                        node,
+                        Input::Persisted {
+                            node: of,
+                            generation,
+                        },
+                    );
+                }
+            }
+            Event::Apply { node } => {
+                let machine = &mut self.machines[node];
+                machine.applied = (machine.applied + 1).min(self.log.len());
+                let members = self.members(node);
+                self.input(node, Input::Members(members));
+            }
+            Event::Fault { index } => self.fault(index),
+            Event::Resume { node } => {
+                self.machines[node].paused = false;
+                // What comes first after a pause is anyone's guess.
+                if self.draw(2) == 0 {
+                    self.input(node, Input::Tick);
+                }
+                for input in std::mem::take(&mut self.machines[node].inbox) {
+                    self.input(node, input);
+                }
+                self.input(node, Input::Tick);
+            }
+        }
+    }
+
+    fn start(&mut self, node: usize) {
+        let now = self.local(node);
+        let instance = Instance(self.draw(u64::MAX));
+        let machine = &mut self.machines[node];
+        machine.life += 1;
+        machine.paused = false;
+        machine.inbox.clear();
+        let condemned = machine.condemned.iter().copied().collect();
+        let timing = self.plan.timing;
+        machine.core = Some(Membership::new(id(node), instance, timing, condemned, now));
+        let members = self.members(node);
+        self.input(node, Input::Members(members));
+    }
+
+    fn members(&self, node: usize) -> BTreeMap<NodeId, MemberConfig> {
+        let standing = &self.log[self.machines[node].applied - 1];
+        let config = |(generation, evicted): (LeaseGeneration, bool)| MemberConfig {
+            paths: vec!["lan".to_owned(), "repl".to_owned()],
+            generation,
+            evicted,
+            voter: true,
+        };
+        standing.iter().map(|(id, s)| (*id, config(*s))).collect()
+    }
+
+    fn input(&mut self, node: usize, input: Input) {
+        if self.machines[node].paused {
+            self.machines[node].inbox.push(input);
+            return;
+        }
+        let now = self.local(node);
+        let mut out = Vec::new();
+        let Some(core) = &mut self.machines[node].core else {
+            return;
+        };
+        core.handle(now, input, &mut out);
+        for effect in out {
+            self.carry_out(node, effect);
+        }
+        let Some(deadline) = self.machines[node].core.as_ref().map(Membership::deadline) else {
+            return;
+        };
+        self.machines[node].wakeup += 1;
+        let wakeup = self.machines[node].wakeup;
+        if deadline != Time::NEVER {
+            let at = self.true_time(node, deadline);
+            self.at(at, Event::Tick { node, wakeup });
+        }
+    }
+
+    fn carry_out(&mut self, node: usize, effect: Effect) {
+        match effect {
+            Effect::Send {
+                to,
+                path,
+                heartbeat,
+            } => {
+                let lost = self.now < self.loss.1 && self.draw(100) < u64::from(self.loss.0);
+                if lost {
+                    return;
+                }
+                let slow = if self.now < self.delay.1 {
+                    self.draw(self.delay.0 * MS)
+                } else {
+                    0
+                };
+                let at = self.now + 50_000 + self.draw(500_000) + slow;
+                let to = usize::try_from(to.0 - 1).unwrap();
+                self.messages.push((path, heartbeat));
+                let message = self.messages.len() - 1;
+                let event = Event::Arrive {
+                    node: to,
+                    from: node,
+                    message,
+                };
+                if self.draw(20) == 0 {
+                    let again = at + self.draw(2000 * MS);
+                    self.at(again, event.clone());
+                }
+                self.at(at, event);
+            }
+            Effect::PersistCondemned {
+                node: of,
+                generation,
+            } => {
+                let at = self.now + self.draw(30 * MS);
+                let life = self.machines[node].life;
+                self.at(
+                    at,
+                    Event::Persisted {
+                        node,
+                        life,
+                        of,
+                        generation,
+                    },
+                );
+            }
+            _ => {}
+        }
+    }
+
+    fn fault(&mut self, index: usize) {
+        let count = self.machines.len();
+        let until = |ms: u64| self.now + ms * MS;
+        match self.plan.faults[index].1.clone() {
+            Fault::Cut { from, to, ms } => {
+                let cut = (
+                    usize::from(from) % count,
+                    usize::from(to) % count,
+                    until(ms),
+                );
+                self.cuts.push(cut);
+            }
+            Fault::Isolate { node, ms } => {
+                let node = usize::from(node) % count;
+                let until = until(ms);
+                for other in 0..count {
+                    self.cuts.push((node, other, until));
+                    self.cuts.push((other, node, until));
+                }
+            }
+            Fault::Loss { percent, ms } => self.loss = (percent, until(ms)),
+            Fault::Delay { up_to_ms, ms } => self.delay = (up_to_ms, until(ms)),
+            Fault::Pause { node, ms } => {
+                let node = usize::from(node) % count;
+                let until = until(ms);
+                if !self.machines[node].paused {
+                    self.machines[node].paused = true;
+                    self.at(until, Event::Resume { node });
+                }
+            }
+            Fault::Restart { node, down_ms } => {
+                let node = usize::from(node) % count;
+                let until = until(down_ms);
+                self.machines[node].core = None;
+                self.machines[node].life += 1;
+                self.at(until, Event::Start { node });
+            }
+        }
+    }
+
+    /// The voters that hold a durable condemnation of this generation or a later one.
+    fn condemners(&self, node: NodeId, generation: LeaseGeneration) -> usize {
+        self.machines
+            .iter()
+            .enumerate()
+            .filter(|(index, machine)| {
+                id(*index) != node
+                    && machine
+                        .condemned
+                        .iter()
+                        .any(|(of, condemned)| *of == node && *condemned >= generation)
+            })
+            .count()
+    }
+
+    /// Plays the planner and the control log: evicts what a majority condemned, readmits what a
+    /// majority hears; each node learns of it some time later.
+    fn decide(&mut self) {
+        let majority = self.machines.len() / 2 + 1;
+        let standing = self.log[self.log.len() - 1].clone();
+        for (node, (generation, evicted)) in &standing {
+            let condemners = self.condemners(*node, *generation);
+            let hears = |machine: &&Machine| {
+                let core = machine.core.as_ref();
+                core.is_some_and(|core| core.liveness(*node) == Liveness::Alive)
+            };
+            let hearers = self.machines.iter().filter(hears).count();
+            // Readmission is of use only where someone who condemned it hears it again.
+            let relents = self.machines.iter().filter(hears).any(|machine| {
+                machine
+                    .condemned
+                    .iter()
+                    .any(|(of, condemned)| of == node && condemned >= generation)
+            });
+            let mut next = self.log[self.log.len() - 1].clone();
+            if (*evicted || relents) && hearers >= majority {
+                next.insert(*node, (generation.next(), false));
+                self.readmissions += 1;
+            } else if !evicted && condemners >= majority {
+                next.insert(*node, (*generation, true));
+                self.evictions += 1;
+            } else {
+                continue;
+            }
+            self.log.push(next);
+            for node in 0..self.machines.len() {
+                let at = self.now + self.draw(300 * MS);
+                self.at(at, Event::Apply { node });
+            }
+        }
+    }
+
+    /// Nobody believes in a lease under a generation that a majority condemned.
+    fn check(&self) -> Result<(), String> {
+        let majority = self.machines.len() / 2 + 1;
+        for (index, machine) in self.machines.iter().enumerate() {
+            let Some(core) = &machine.core else {
+                continue;
+            };
+            let status_until = core.lease_until();
+            let local = self.local(index);
+            if status_until <= local {
+                continue;
+            }
+            let generation = core.generation();
+            let condemners = self.condemners(id(index), generation);
+            if condemners >= majority {
+                return Err(format!(
+                    "at {:?} (its clock {local:?}) {} believes in its lease under {generation} until \
+                     {status_until:?}, and {condemners} of {} voters condemned it",
+                    Time(self.now),
+                    id(index),
+                    self.machines.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,94 @@
+//! The lease rule under arbitrary faults, and a proof that the checker can fail.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use relevo_types::{Sensitivity, Timing};
+
+use crate::cluster::{Cluster, Fault, Plan};
+
+/// Faults happen in this time; then there is quiet.
+const FAULTS_MS: u64 = 12_000;
+/// How long after the last fault everything must be well: the longest fault, the dead time, the
+/// readmission, and what was still under way.
+const QUIET_MS: u64 = 9_000;
+
+fn faults() -> impl Strategy<Value = Vec<(u64, Fault)>> {
+    let fault = prop_oneof![
+        (any::<u8>(), any::<u8>(), 50..4000u64).prop_map(|(from, to, ms)| Fault::Cut {
+            from,
+            to,
+            ms
+        }),
+        (any::<u8>(), 50..4000u64).prop_map(|(node, ms)| Fault::Isolate { node, ms }),
+        (10..90u8, 500..4000u64).prop_map(|(percent, ms)| Fault::Loss { percent, ms }),
+        (10..1500u64, 500..4000u64).prop_map(|(up_to_ms, ms)| Fault::Delay { up_to_ms, ms }),
+        (any::<u8>(), 50..3000u64).prop_map(|(node, ms)| Fault::Pause { node, ms }),
+        (any::<u8>(), 10..2500u64).prop_map(|(node, down_ms)| Fault::Restart { node, down_ms }),
+    ];
+    prop::collection::vec((0..FAULTS_MS, fault), 1..16)
+}
+
+fn plan(timing: Timing) -> impl Strategy<Value = Plan> {
+    (
+        3..=5u8,
+        prop::collection::vec(-40..=40i64, 5),
+        faults(),
+        any::<u64>(),
+    )
+        .prop_map(move |(nodes, drift_permille, faults, seed)| Plan {
+            nodes,
+            drift_permille,
+            faults,
+            seed,
+            timing,
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_lease_outlives_a_majority_of_condemnations(plan in plan(Sensitivity::Normal.timing())) {
+        let mut cluster = Cluster::new(plan);
+        if let Err(violation) = cluster.run(FAULTS_MS + QUIET_MS) {
+            return Err(TestCaseError::fail(violation));
+        }
+        if let Err(unwell) = cluster.healed() {
+            return Err(TestCaseError::fail(unwell));
+        }
+    }
+}
+
+/// Runs a fixed plan in which a node is isolated; returns the checker's verdict.
+fn isolation(timing: Timing, seed: u64) -> (Result<(), String>, Cluster) {
+    let plan = Plan {
+        nodes: 3,
+        drift_permille: vec![-40, 40, 40],
+        faults: vec![(1000, Fault::Isolate { node: 0, ms: 3000 })],
+        seed,
+        timing,
+    };
+    let mut cluster = Cluster::new(plan);
+    let verdict = cluster.run(10_000);
+    (verdict, cluster)
+}
+
+#[test]
+fn the_checker_catches_a_lease_that_is_too_long() {
+    let timing = Sensitivity::Normal.timing();
+    for seed in 1..20 {
+        let (verdict, cluster) = isolation(timing, seed);
+        verdict.unwrap();
+        cluster.healed().unwrap();
+        assert_eq!(cluster.evictions, 1, "the scenario exercises the eviction");
+        // It had condemned the others as well.
+        assert_eq!(cluster.readmissions, 3);
+        let too_long = Timing {
+            lease: timing.dead + Duration::from_millis(250),
+            ..timing
+        };
+        let (verdict, _) = isolation(too_long, seed);
+        assert!(verdict.unwrap_err().contains("believes in its lease"));
+    }
+}

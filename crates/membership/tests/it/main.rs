@@ -1,0 +1,4 @@
+//! Property tests of membership: clusters of machines under faults.
+
+mod cluster;
+mod lease;

@@ -1,0 +1,194 @@
+//! Running the planner where this node leads the control log.
+
+use std::time::Duration;
+
+use relevo_membership::Liveness;
+use relevo_planner::{NodeView, Plan, PlanInput, Views, plan};
+use relevo_types::{
+    NodeId, Time, VolumeId,
+    cluster::{ClusterState, Command, VolumeChange},
+};
+
+use crate::{Effect, Level, Node, NodeEvent, Subject};
+
+/// The planner runs at every change of what it looks at; this often it runs in any case, so that
+/// a change that was overlooked costs no more than this.
+const PLAN_INTERVAL: Duration = Duration::from_millis(500);
+
+impl Node {
+    /// What this node observes of each member, itself included.
+    pub(crate) fn views(&self, now: Time, state: &ClusterState) -> Views {
+        let me = self.config.me;
+        let view = |id: NodeId, generation| {
+            let liveness = self.membership.liveness(id);
+            let alive = matches!(liveness, Liveness::Alive | Liveness::Suspect);
+            let silent_for = if alive {
+                None
+            } else {
+                self.membership.silent_for(id, now)
+            };
+            let (leaving, replicas) = if id == me {
+                (self.shutdown.is_some(), self.engines.replica_views())
+            } else {
+                self.reports
+                    .of(id)
+                    .map(|report| (report.leaving, report.replicas.clone()))
+                    .unwrap_or_default()
+            };
+            NodeView {
+                alive,
+                silent_for,
+                generation,
+                condemned_by: self.membership.condemned_by(id, generation),
+                heard_by: self.membership.heard_by(id),
+                leaving,
+                replicas,
+            }
+        };
+        state
+            .nodes
+            .iter()
+            .map(|(id, node)| (*id, view(*id, node.lease.generation)))
+            .collect()
+    }
+
+    /// Plans and proposes, on the leader.
+    pub(crate) fn plan(
+        &mut self,
+        now: Time,
+        news: bool,
+        state: &ClusterState,
+        out: &mut Vec<Effect>,
+    ) {
+        let me = self.config.me;
+        if self.leader != Some(me) || !state.nodes.contains_key(&me) {
+            return;
+        }
+        // With a proposal under way or refused, the pass that is due for it plans again.
+        if !news && now < self.next_plan && !self.planned_something {
+            return;
+        }
+        self.next_plan = now + PLAN_INTERVAL;
+        let Plan { actions, waits } = plan(&PlanInput {
+            planner: me,
+            state: state.clone(),
+            nodes: self.views(now, state),
+        });
+        self.planned_something = !actions.is_empty();
+        for action in actions {
+            self.proposals
+                .want(now, state.revision, action.command, &action.reason, out);
+        }
+        for wait in &waits {
+            // The reason tells times that run; one event for each wait is enough.
+            if !self.waits.iter().any(|known| known.service == wait.service) {
+                out.push(Effect::Event(NodeEvent {
+                    level: Level::Warning,
+                    subject: wait.service.map_or(Subject::Cluster, Subject::Service),
+                    what: "something has to wait".to_owned(),
+                    why: wait.reason.clone(),
+                }));
+            }
+        }
+        self.waits = waits;
+    }
+}
+
+/// What a command that was applied did, in words.
+pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> NodeEvent {
+    let node = |id: &NodeId| state.node_name(*id);
+    let volume = |id: &VolumeId| {
+        state
+            .volumes
+            .get(id)
+            .map_or_else(|| id.to_string(), |volume| volume.name.clone())
+    };
+    let service = |id: &relevo_types::ServiceId| {
+        state
+            .services
+            .get(id)
+            .map_or_else(|| id.to_string(), |service| service.spec.name.clone())
+    };
+    let (level, subject, what) = match command {
+        Command::Evict { node: id, .. } => (
+            Level::Warning,
+            Subject::Node(*id),
+            format!("{} was evicted: what it held is free", node(id)),
+        ),
+        Command::Readmit { node: id, .. } => (
+            Level::Info,
+            Subject::Node(*id),
+            format!("{} was let in again", node(id)),
+        ),
+        Command::Acquire {
+            service: id,
+            node: to,
+        } => (
+            Level::Info,
+            Subject::Service(*id),
+            format!("{} was given to {}", service(id), node(to)),
+        ),
+        Command::Release {
+            service: id,
+            node: from,
+            failure,
+        } => (
+            if failure.is_some() {
+                Level::Warning
+            } else {
+                Level::Info
+            },
+            Subject::Service(*id),
+            format!("{} gave {} back", node(from), service(id)),
+        ),
+        Command::SetTarget { service: id, .. } => (
+            Level::Info,
+            Subject::Service(*id),
+            format!("the wish where {} shall be was dropped", service(id)),
+        ),
+        Command::Volume {
+            volume: id, change, ..
+        } => {
+            let what = match change {
+                VolumeChange::Promote { node: to } => {
+                    format!("{} is primary of volume {}", node(to), volume(id))
+                }
+                VolumeChange::Demote { node: from } => {
+                    format!("{} is primary of volume {} no more", node(from), volume(id))
+                }
+                VolumeChange::Leave { .. } | VolumeChange::Join { .. } => {
+                    format!("the in-sync set of volume {} changed", volume(id))
+                }
+            };
+            (Level::Info, Subject::Volume(*id), what)
+        }
+        Command::ReplicaCreated {
+            volume: id,
+            node: on,
+        } => (
+            Level::Info,
+            Subject::Volume(*id),
+            format!("{} has its replica of volume {}", node(on), volume(id)),
+        ),
+        Command::ReplicaNotCreated {
+            volume: id,
+            node: on,
+            ..
+        } => (
+            Level::Alarm,
+            Subject::Volume(*id),
+            format!("{} has no replica of volume {}", node(on), volume(id)),
+        ),
+        other => (
+            Level::Info,
+            Subject::Cluster,
+            format!("the control log applied {other:?}"),
+        ),
+    };
+    NodeEvent {
+        level,
+        subject,
+        what,
+        why,
+    }
+}

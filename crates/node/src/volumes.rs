@@ -1,0 +1,260 @@
+//! What this node's engines do, and what they are told.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use relevo_planner::ReplicaView;
+use relevo_replication::io::{DiskState, EngineStatus, VolumeEvent};
+use relevo_types::{
+    NodeId, Time, VolumeId,
+    cluster::{ClusterState, Command, ReplicaStanding, Volume},
+};
+
+use crate::{Effect, VolumeOrder, proposals::Proposals};
+
+/// One engine as it told.
+#[derive(Debug)]
+struct Engine {
+    status: EngineStatus,
+    /// Why it closed or failed last.
+    trouble: Option<String>,
+    /// It was open and closed since, or its disk failed: it does not open by itself.
+    closed: bool,
+}
+
+/// All engines of this node.
+#[derive(Debug, Default)]
+pub(crate) struct Engines {
+    engines: BTreeMap<VolumeId, Engine>,
+    /// The configurations that were sent.
+    sent: BTreeMap<VolumeId, Arc<Volume>>,
+    /// Replicas that are being made, and how that ended.
+    creating: BTreeMap<VolumeId, Option<Result<(), String>>>,
+    /// Replicas that exist here.
+    local: BTreeSet<VolumeId>,
+}
+
+impl Engines {
+    pub(crate) fn new(local: BTreeSet<VolumeId>) -> Self {
+        Self {
+            local,
+            ..Self::default()
+        }
+    }
+
+    /// An engine told something.
+    pub(crate) fn note(
+        &mut self,
+        volume: VolumeId,
+        event: Option<&VolumeEvent>,
+        status: EngineStatus,
+    ) {
+        let was_open = self.is_open(volume);
+        let engine = self.engines.entry(volume).or_insert_with(|| Engine {
+            status: status.clone(),
+            trouble: None,
+            closed: false,
+        });
+        engine.status = status;
+        match event {
+            Some(VolumeEvent::DiskFailed { reason } | VolumeEvent::Closed { reason }) => {
+                engine.trouble = Some(reason.clone());
+                engine.closed = true;
+            }
+            Some(VolumeEvent::Opened { .. } | VolumeEvent::Attached { .. }) => {
+                engine.trouble = None;
+                engine.closed = false;
+            }
+            Some(VolumeEvent::Detached | VolumeEvent::Peer { .. }) | None => {}
+        }
+        engine.closed |= was_open && !engine.status.open;
+        engine.closed &= !engine.status.open;
+    }
+
+    pub(crate) fn note_created(&mut self, volume: VolumeId, result: Result<(), String>) {
+        if result.is_ok() {
+            self.local.insert(volume);
+        }
+        self.creating.insert(volume, Some(result));
+    }
+
+    pub(crate) fn is_open(&self, volume: VolumeId) -> bool {
+        self.engines
+            .get(&volume)
+            .is_some_and(|engine| engine.status.open)
+    }
+
+    /// Primary by the configuration, but closed for good: it will not step down by itself.
+    pub(crate) fn is_dead(&self, volume: VolumeId) -> bool {
+        self.engines.get(&volume).is_some_and(|engine| {
+            !engine.status.open && (engine.closed || engine.status.disk == DiskState::Failed)
+        })
+    }
+
+    pub(crate) fn disk(&self, volume: VolumeId) -> Option<DiskState> {
+        self.engines.get(&volume).map(|engine| engine.status.disk)
+    }
+
+    pub(crate) fn why_closed(&self, volume: VolumeId, state: &ClusterState) -> String {
+        let name = state
+            .volumes
+            .get(&volume)
+            .map_or_else(|| volume.to_string(), |volume| volume.name.clone());
+        let trouble = self
+            .engines
+            .get(&volume)
+            .and_then(|engine| engine.trouble.as_deref())
+            .unwrap_or("this node is not primary any more");
+        format!("volume `{name}` closed: {trouble}")
+    }
+
+    pub(crate) fn why_not_open(&self, volume: VolumeId, name: &str) -> String {
+        match self.engines.get(&volume) {
+            None => format!("volume `{name}` is not attached yet"),
+            Some(engine) => match (&engine.status.waiting, engine.status.disk) {
+                (Some(waiting), _) => format!("volume `{name}` opens: {waiting}"),
+                (None, DiskState::Attaching) => format!("volume `{name}` is being attached"),
+                (None, _) => format!("volume `{name}` reconciles with the other replicas"),
+            },
+        }
+    }
+
+    pub(crate) fn why_not_demoted(&self, volume: VolumeId, name: &str) -> String {
+        let waiting = self
+            .engines
+            .get(&volume)
+            .and_then(|engine| engine.status.waiting.as_deref());
+        match waiting {
+            Some(waiting) => format!("volume `{name}` steps down: {waiting}"),
+            None => format!("volume `{name}` steps down: its last writes are made durable"),
+        }
+    }
+
+    /// This node's replicas for its report.
+    pub(crate) fn replica_views(&self) -> BTreeMap<VolumeId, ReplicaView> {
+        let view = |engine: &Engine| match engine.status.disk {
+            DiskState::Failed => ReplicaView::Failed,
+            DiskState::Attaching | DiskState::Diskless => ReplicaView::Attaching,
+            DiskState::Inconsistent | DiskState::Outdated | DiskState::UpToDate => {
+                if engine.status.certain {
+                    ReplicaView::Certain
+                } else {
+                    ReplicaView::Uncertain
+                }
+            }
+        };
+        self.engines
+            .iter()
+            .map(|(id, engine)| (*id, view(engine)))
+            .collect()
+    }
+
+    /// Tells the data path what changed in the replicated state.
+    pub(crate) fn drive(
+        &mut self,
+        now: Time,
+        me: NodeId,
+        state: &ClusterState,
+        proposals: &mut Proposals,
+        out: &mut Vec<Effect>,
+    ) {
+        self.remove_gone(me, state, out);
+        for (id, volume) in &state.volumes {
+            let Some(replica) = volume.replicas.get(&me) else {
+                continue;
+            };
+            match replica.standing {
+                ReplicaStanding::Creating => self.create(now, me, state, volume, proposals, out),
+                ReplicaStanding::Failed(_) => {}
+                ReplicaStanding::Ready => {
+                    self.local.insert(*id);
+                    self.creating.remove(id);
+                    if self.sent.get(id).is_none_or(|sent| **sent != *volume) {
+                        let config = Arc::new(volume.clone());
+                        self.sent.insert(*id, Arc::clone(&config));
+                        out.push(Effect::Volume {
+                            volume: *id,
+                            order: VolumeOrder::Config(config),
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    fn create(
+        &mut self,
+        now: Time,
+        me: NodeId,
+        state: &ClusterState,
+        volume: &Volume,
+        proposals: &mut Proposals,
+        out: &mut Vec<Effect>,
+    ) {
+        let id = volume.id;
+        let Some(replica) = volume.replicas.get(&me) else {
+            return;
+        };
+        match self.creating.get(&id) {
+            None => {
+                self.creating.insert(id, None);
+                out.push(Effect::Volume {
+                    volume: id,
+                    order: VolumeOrder::CreateReplica {
+                        spec: replica.spec.clone(),
+                        volume: Arc::new(volume.clone()),
+                    },
+                });
+            }
+            Some(None) => {}
+            Some(Some(result)) => {
+                let (command, reason) = match result {
+                    Ok(()) => (
+                        Command::ReplicaCreated {
+                            volume: id,
+                            node: me,
+                        },
+                        format!("volume `{}`: the replica was created", volume.name),
+                    ),
+                    Err(reason) => (
+                        Command::ReplicaNotCreated {
+                            volume: id,
+                            node: me,
+                            reason: reason.clone(),
+                        },
+                        format!("volume `{}`: {reason}", volume.name),
+                    ),
+                };
+                proposals.want(now, state.revision, command, &reason, out);
+            }
+        }
+    }
+
+    /// Replicas of volumes that are gone for good. An old state may not know a volume *yet*; ids
+    /// are never given twice, so one that was given and is not there was removed.
+    fn remove_gone(&mut self, me: NodeId, state: &ClusterState, out: &mut Vec<Effect>) {
+        let known = self.local.iter().chain(self.creating.keys());
+        let gone: BTreeSet<VolumeId> = known
+            .copied()
+            .filter(|id| {
+                let has_mine = state
+                    .volumes
+                    .get(id)
+                    .is_some_and(|volume| volume.replicas.contains_key(&me));
+                id.0 <= state.last_volume && !has_mine
+            })
+            .collect();
+        for id in gone {
+            self.local.remove(&id);
+            self.creating.remove(&id);
+            self.sent.remove(&id);
+            self.engines.remove(&id);
+            out.push(Effect::Volume {
+                volume: id,
+                order: VolumeOrder::RemoveReplica,
+            });
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Whether a node can run a service, and how well.
+
+use relevo_types::{
+    NodeId, ServiceId,
+    cluster::{ClusterState, NodeKind, Volume},
+};
+
+use crate::{ReplicaView, Views};
+
+/// Whether a node can run a service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Fitness {
+    /// It can; the less the better: 0 when all its replicas are known to be certain.
+    Fit {
+        /// How good a choice.
+        rank: u8,
+    },
+    /// It gave the service up before, and nothing else speaks against it.
+    Failed {
+        /// The reason it gave.
+        reason: String,
+    },
+    /// It can't.
+    Unfit {
+        /// Why, to follow the node's name: `is silent`.
+        reason: String,
+    },
+    /// It is not for this at all (a witness, a node without a replica): not worth a word where
+    /// others are.
+    Never {
+        /// Why, to follow the node's name.
+        reason: String,
+    },
+}
+
+/// Judges a node for a service, from the replicated state and what is observed. `planner` is who
+/// observes.
+#[must_use]
+pub fn fitness(
+    state: &ClusterState,
+    views: &Views,
+    planner: NodeId,
+    service: ServiceId,
+    node: NodeId,
+) -> Fitness {
+    let never = |reason: String| Fitness::Never { reason };
+    let unfit = |reason: String| Fitness::Unfit { reason };
+    let (Some(member), Some(service)) = (state.nodes.get(&node), state.services.get(&service))
+    else {
+        return never("is no member".to_owned());
+    };
+    if member.spec.kind == NodeKind::Witness {
+        return never("is a witness".to_owned());
+    }
+    let volumes: Vec<Option<&Volume>> = service
+        .spec
+        .volumes()
+        .map(|volume| state.volumes.get(&volume))
+        .collect();
+    for volume in &volumes {
+        match volume {
+            None => return never("can't run it: a volume of it does not exist".to_owned()),
+            Some(volume) if !volume.replicas.contains_key(&node) => {
+                return never(format!("has no replica of volume `{}`", volume.name));
+            }
+            Some(_) => {}
+        }
+    }
+    if let Some(reason) = member_is_unfit(state, views, planner, node) {
+        return unfit(reason);
+    }
+    let mut rank = 0;
+    for volume in volumes.into_iter().flatten() {
+        if !volume.is_created() {
+            return unfit(format!(
+                "waits for all replicas of volume `{}` to be created",
+                volume.name
+            ));
+        }
+        if !volume.in_sync.contains(&node) {
+            return unfit(format!(
+                "is not in sync on volume `{}` (making it primary would lose writes)",
+                volume.name
+            ));
+        }
+        let replica = views
+            .get(&node)
+            .and_then(|view| view.replicas.get(&volume.id));
+        rank = rank.max(match replica {
+            Some(ReplicaView::Certain) => 0,
+            Some(ReplicaView::Uncertain) => 1,
+            Some(ReplicaView::Attaching) | None => 2,
+            Some(ReplicaView::Failed) => {
+                return unfit(format!(
+                    "can't use its replica of volume `{}`: its disk failed or its metadata is \
+                     damaged",
+                    volume.name
+                ));
+            }
+        });
+    }
+    match service.failures.get(&node) {
+        Some(record) => Fitness::Failed {
+            reason: record.reason.clone(),
+        },
+        None => Fitness::Fit { rank },
+    }
+}
+
+/// What speaks against a data node whatever the service.
+fn member_is_unfit(
+    state: &ClusterState,
+    views: &Views,
+    planner: NodeId,
+    node: NodeId,
+) -> Option<String> {
+    let member = state.nodes.get(&node)?;
+    let Some(view) = views.get(&node) else {
+        return Some("was not heard yet".to_owned());
+    };
+    if !view.alive {
+        return Some(view.silent_for.map_or_else(
+            || "is not heard".to_owned(),
+            |silence| format!("is silent for {:.0} s", silence.as_secs_f64()),
+        ));
+    }
+    let condemned =
+        view.generation == member.lease.generation && view.condemned_by.contains(&planner);
+    if member.lease.evicted {
+        Some("is evicted and not readmitted yet".to_owned())
+    } else if condemned {
+        Some("was counted as dead and not readmitted yet".to_owned())
+    } else if view.leaving {
+        Some("is shutting down".to_owned())
+    } else if member.standby {
+        Some("is on standby".to_owned())
+    } else {
+        None
+    }
+}

@@ -1,0 +1,5 @@
+//! Tests of the planner: golden scenarios, and properties over random clusters.
+
+mod idempotent;
+mod scenario;
+mod world;

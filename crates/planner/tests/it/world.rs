@@ -1,0 +1,457 @@
+//! A small cluster that the tests act on: the replicated state, what is observed, and holders that
+//! do at once what they are told.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
+
+use relevo_planner::{NodeView, Plan, PlanInput, ReplicaView, Views, plan, should_release};
+use relevo_types::{
+    ClusterId, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
+    cluster::{
+        ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Part, Ports, ProcessPart,
+        Proof, Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
+    },
+};
+
+/// Rounds of planning after a step at most; more means that the planner runs in circles.
+const ROUNDS_MAX: usize = 12;
+
+pub(crate) struct World {
+    pub(crate) planner: NodeId,
+    pub(crate) state: ClusterState,
+    pub(crate) views: Views,
+    pub(crate) log: String,
+}
+
+fn node_spec(name: &str) -> NodeSpec {
+    let (name, kind) = match name.split_once(':') {
+        Some((name, "witness")) => (name, NodeKind::Witness),
+        _ => (name, NodeKind::Data),
+    };
+    NodeSpec {
+        name: name.to_owned(),
+        kind,
+        paths: vec![NodePath {
+            name: "lan".to_owned(),
+            address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            replication: false,
+        }],
+        ports: Ports::default(),
+    }
+}
+
+impl World {
+    /// A cluster of these nodes (`w:witness` for a witness), all well; the last one plans.
+    pub(crate) fn new(nodes: &[&str]) -> Self {
+        let mut state = ClusterState::default();
+        for (index, name) in nodes.iter().enumerate() {
+            let node = node_spec(name);
+            if index == 0 {
+                let init = Command::Init {
+                    cluster: ClusterId([1; 16]),
+                    name: "test".to_owned(),
+                    sensitivity: Sensitivity::Normal,
+                    node,
+                };
+                state.apply(&init).unwrap();
+                continue;
+            }
+            let hash = (*name).to_owned();
+            let token = JoinToken {
+                kind: None,
+                expires_unix_s: 1,
+            };
+            let create = Command::CreateToken {
+                hash: hash.clone(),
+                token,
+            };
+            state.apply(&create).unwrap();
+            let join = Command::Join {
+                hash,
+                now_unix_s: 0,
+                node,
+            };
+            state.apply(&join).unwrap();
+        }
+        let ids: Vec<NodeId> = state.nodes.keys().copied().collect();
+        for node in &ids {
+            state.apply(&Command::AdmitVoter { node: *node }).unwrap();
+        }
+        let planner = *ids.last().unwrap();
+        let mut world = Self {
+            planner,
+            state,
+            views: BTreeMap::new(),
+            log: String::new(),
+        };
+        for id in ids {
+            world.views.insert(id, world.well(id));
+        }
+        world
+    }
+
+    fn well(&self, id: NodeId) -> NodeView {
+        NodeView {
+            alive: true,
+            silent_for: None,
+            generation: self.state.nodes[&id].lease.generation,
+            condemned_by: Vec::new(),
+            heard_by: self
+                .state
+                .nodes
+                .keys()
+                .copied()
+                .filter(|n| *n != id)
+                .collect(),
+            leaving: false,
+            replicas: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn node(&self, name: &str) -> NodeId {
+        self.state
+            .node_named(name)
+            .unwrap_or_else(|| panic!("no node {name}"))
+            .id
+    }
+
+    fn view(&mut self, name: &str) -> &mut NodeView {
+        let id = self.node(name);
+        self.views.get_mut(&id).unwrap()
+    }
+
+    fn volume(&self, name: &str) -> VolumeId {
+        self.state
+            .volume_named(name)
+            .unwrap_or_else(|| panic!("no volume {name}"))
+            .id
+    }
+
+    fn service(&self, name: &str) -> ServiceId {
+        self.state
+            .service_named(name)
+            .unwrap_or_else(|| panic!("no service {name}"))
+            .id
+    }
+
+    /// A volume with a replica on each of the nodes, created and certain.
+    pub(crate) fn add_volume(&mut self, name: &str, nodes: &[&str]) {
+        let ids: Vec<NodeId> = nodes.iter().map(|node| self.node(node)).collect();
+        let replicas = ids
+            .iter()
+            .map(|node| ReplicaSpec {
+                node: *node,
+                protocol: Protocol::C,
+                backing: None,
+                force: false,
+            })
+            .collect();
+        self.must(&Command::CreateVolume {
+            name: name.to_owned(),
+            size: 1 << 20,
+            lineage: LineageId(7),
+            replicas,
+        });
+        let volume = self.volume(name);
+        for node in ids {
+            self.must(&Command::ReplicaCreated { volume, node });
+            let view = self.views.get_mut(&node).unwrap();
+            view.replicas.insert(volume, ReplicaView::Certain);
+        }
+    }
+
+    /// A service on volumes, with a process.
+    pub(crate) fn add_service(&mut self, name: &str, volumes: &[&str]) {
+        let mut parts: Vec<Part> = volumes
+            .iter()
+            .map(|volume| {
+                Part::Volume(VolumePart {
+                    volume: self.volume(volume),
+                    device: true,
+                })
+            })
+            .collect();
+        parts.push(Part::Process(ProcessPart {
+            command: vec!["/bin/serve".to_owned()],
+            environment: BTreeMap::new(),
+            directory: None,
+            ready: None,
+        }));
+        self.must(&Command::CreateService {
+            spec: ServiceSpec {
+                name: name.to_owned(),
+                parts,
+            },
+            target: None,
+        });
+    }
+
+    pub(crate) fn must(&mut self, command: &Command) {
+        if let Err(rejection) = self.state.apply(command) {
+            panic!("{command:?}: {rejection}");
+        }
+    }
+
+    pub(crate) fn input(&self) -> PlanInput {
+        PlanInput {
+            planner: self.planner,
+            state: self.state.clone(),
+            nodes: self.views.clone(),
+        }
+    }
+
+    /// One line of a scenario.
+    pub(crate) fn step(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            ["silent", node, seconds] => {
+                let silent = Duration::from_secs_f64(seconds.parse().unwrap());
+                let id = self.node(node);
+                let view = self.view(node);
+                view.alive = false;
+                view.silent_for = Some(silent);
+                view.heard_by.clear();
+                for view in self.views.values_mut() {
+                    view.heard_by.retain(|hearer| *hearer != id);
+                }
+            }
+            ["heard", node, "by", by @ ..] => {
+                let by = by.iter().map(|name| self.node(name)).collect();
+                let view = self.view(node);
+                view.alive = true;
+                view.silent_for = None;
+                view.heard_by = by;
+            }
+            ["condemned", node, "by", by @ ..] => {
+                let by = by.iter().map(|name| self.node(name)).collect();
+                self.view(node).condemned_by = by;
+            }
+            ["leaving", node] => self.view(node).leaving = true,
+            ["restarted", node] => {
+                let view = self.view(node);
+                view.leaving = false;
+                view.replicas
+                    .values_mut()
+                    .for_each(|replica| *replica = ReplicaView::Attaching);
+            }
+            ["replica", node, volume, standing] => {
+                let volume = self.volume(volume);
+                let standing = match *standing {
+                    "certain" => ReplicaView::Certain,
+                    "uncertain" => ReplicaView::Uncertain,
+                    "attaching" => ReplicaView::Attaching,
+                    "failed" => ReplicaView::Failed,
+                    other => panic!("a replica can't be {other}"),
+                };
+                self.view(node).replicas.insert(volume, standing);
+            }
+            ["planner", node] => self.planner = self.node(node),
+            _ => self.command(&words, line),
+        }
+    }
+
+    /// A line that is a command of the control log.
+    fn command(&mut self, words: &[&str], line: &str) {
+        let command = match words {
+            ["leave", volume, nodes @ ..] => {
+                let nodes = nodes.iter().map(|name| self.node(name)).collect();
+                self.change(volume, VolumeChange::Leave { nodes })
+            }
+            ["join", volume, node] => {
+                let node = self.node(node);
+                self.change(volume, VolumeChange::Join { node })
+            }
+            ["standby", node, on] => Command::SetStandby {
+                node: self.node(node),
+                standby: *on == "on",
+            },
+            ["move", service, node] => Command::SetTarget {
+                service: self.service(service),
+                target: Some(self.node(node)),
+            },
+            [verb @ ("start" | "stop"), service] => Command::EnableService {
+                service: self.service(service),
+                enabled: *verb == "start",
+            },
+            ["fail", service, reason @ ..] => {
+                let id = self.service(service);
+                let holder = self.state.services[&id].holder.expect("a holder");
+                self.demote(id, holder);
+                Command::Release {
+                    service: id,
+                    node: holder,
+                    failure: Some(reason.join(" ")),
+                }
+            }
+            ["goodbye", node] => {
+                let id = self.node(node);
+                Command::Evict {
+                    node: id,
+                    generation: self.state.nodes[&id].lease.generation,
+                    proof: Proof::Goodbye,
+                }
+            }
+            _ => panic!("what is `{line}`?"),
+        };
+        self.must(&command);
+    }
+
+    fn change(&self, volume: &str, change: VolumeChange) -> Command {
+        let volume = self.volume(volume);
+        Command::Volume {
+            volume,
+            expect: self.state.volumes[&volume].epoch,
+            change,
+        }
+    }
+
+    /// Plans and carries out until nothing changes; writes down what happened and what is
+    /// waited for.
+    pub(crate) fn settle(&mut self) {
+        for _ in 0..ROUNDS_MAX {
+            let Plan { actions, waits } = plan(&self.input());
+            for action in &actions {
+                let words = self.words(&action.command);
+                writeln!(self.log, "  plan: {words}\n        {}", action.reason).unwrap();
+                self.must(&action.command);
+            }
+            let held = self.holders_act();
+            if actions.is_empty() && !held {
+                for wait in waits {
+                    writeln!(self.log, "  wait: {}", wait.reason).unwrap();
+                }
+                let summary = self.summary();
+                writeln!(self.log, "  = {summary}").unwrap();
+                return;
+            }
+            // Heartbeats tell of generations as soon as the log does.
+            for (id, view) in &mut self.views {
+                let generation = self.state.nodes[id].lease.generation;
+                if view.generation != generation {
+                    view.generation = generation;
+                    view.condemned_by.clear();
+                }
+            }
+        }
+        panic!("the planner runs in circles:\n{}", self.log);
+    }
+
+    /// Holders that live give back what they should and promote what they need.
+    fn holders_act(&mut self) -> bool {
+        let mut acted = false;
+        for id in self.state.services.keys().copied().collect::<Vec<_>>() {
+            let service = self.state.services[&id].clone();
+            let Some(holder) = service.holder.filter(|holder| self.views[holder].alive) else {
+                continue;
+            };
+            let name = self.state.node_name(holder);
+            if let Some(reason) = should_release(&self.state, &self.views, holder, id) {
+                self.demote(id, holder);
+                self.must(&Command::Release {
+                    service: id,
+                    node: holder,
+                    failure: None,
+                });
+                let service = &service.spec.name;
+                writeln!(self.log, "  {name}: gives {service} back\n        {reason}").unwrap();
+                acted = true;
+                continue;
+            }
+            for volume in service.spec.volumes() {
+                let volume = self.state.volumes[&volume].clone();
+                if volume.primary.is_none() {
+                    self.must(&Command::Volume {
+                        volume: volume.id,
+                        expect: volume.epoch,
+                        change: VolumeChange::Promote { node: holder },
+                    });
+                    writeln!(self.log, "  {name}: promotes {}", volume.name).unwrap();
+                    acted = true;
+                }
+            }
+        }
+        acted
+    }
+
+    fn demote(&mut self, service: ServiceId, holder: NodeId) {
+        let volumes: Vec<VolumeId> = self.state.services[&service].spec.volumes().collect();
+        for volume in volumes {
+            let volume = self.state.volumes[&volume].clone();
+            if volume.primary == Some(holder) {
+                self.must(&Command::Volume {
+                    volume: volume.id,
+                    expect: volume.epoch,
+                    change: VolumeChange::Demote { node: holder },
+                });
+            }
+        }
+    }
+
+    fn words(&self, command: &Command) -> String {
+        let node = |id: &NodeId| self.state.node_name(*id);
+        let service = |id: &ServiceId| self.state.services[id].spec.name.clone();
+        match command {
+            Command::Evict {
+                node: id,
+                generation,
+                ..
+            } => {
+                format!("evict {} under {generation}", node(id))
+            }
+            Command::Readmit {
+                node: id,
+                generation,
+            } => {
+                format!("readmit {} after {generation}", node(id))
+            }
+            Command::Acquire {
+                service: s,
+                node: id,
+            } => {
+                format!("give {} to {}", service(s), node(id))
+            }
+            Command::SetTarget {
+                service: s,
+                target: None,
+            } => {
+                format!("drop the wish where {} shall be", service(s))
+            }
+            other => format!("{other:?}"),
+        }
+    }
+
+    fn summary(&self) -> String {
+        let mut parts = Vec::new();
+        for service in self.state.services.values() {
+            let holder = service.holder.map_or_else(
+                || "nowhere".to_owned(),
+                |holder| format!("on {}", self.state.node_name(holder)),
+            );
+            parts.push(format!("{} {holder}", service.spec.name));
+        }
+        for volume in self.state.volumes.values() {
+            let names: Vec<String> = volume
+                .in_sync
+                .iter()
+                .map(|id| self.state.node_name(*id))
+                .collect();
+            let primary = volume
+                .primary
+                .map_or_else(|| "none".to_owned(), |id| self.state.node_name(id));
+            parts.push(format!(
+                "volume {} {} primary {primary} in sync {}",
+                volume.name,
+                volume.epoch,
+                names.join(" ")
+            ));
+        }
+        for node in self.state.nodes.values().filter(|node| node.lease.evicted) {
+            parts.push(format!("{} evicted", node.spec.name));
+        }
+        parts.join("; ")
+    }
+}

@@ -1,0 +1,325 @@
+//! Data links: TLS connections that carry the replication of one volume between two nodes.
+//!
+//! Set up here with Tokio (accept, connect, handshake, [`LinkHello`] both ways), then handed to
+//! the data path as an [`EstablishedLink`]: a plain socket and the TLS session, which the volume's
+//! own thread drives. The dialing side speaks first.
+
+use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use relevo_types::{NodeId, VolumeId};
+use relevo_wire::{HelloError, LINK_HELLO_BYTES, LinkHello, ProtocolVersion};
+use rustls::{ClientConfig, Connection};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::{
+    identity::{Identity, IdentityError, Port, describe_tls_error, peer_node, server_name},
+    net,
+};
+
+/// Links under way to being established, and established ones not taken yet: more than the
+/// volumes that reconnect at once after a network came back.
+const PENDING_LINKS: usize = 64;
+
+/// An accepted connection must be established in this time.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pause after the system refused to accept a connection (no descriptors, say).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Decides whether a peer may have a link for a volume: `Err` says why not, for the log.
+pub type LinkAdmission = Arc<dyn Fn(NodeId, VolumeId) -> Result<(), String> + Send + Sync>;
+
+/// Why a link was not established.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// No path led to the peer.
+    #[error("no path to the data port of node {peer}: {why}")]
+    Unreachable {
+        /// The peer.
+        peer: NodeId,
+        /// What happened on each path.
+        why: String,
+    },
+    /// TLS refuses this node's identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+}
+
+/// A connection to a peer about one volume, authenticated and greeted, ready for frames.
+pub struct EstablishedLink {
+    /// The peer, by its certificate.
+    pub peer: NodeId,
+    /// The volume.
+    pub volume: VolumeId,
+    /// The version that both sides speak.
+    pub protocol: ProtocolVersion,
+    /// The peer's address; tells which path the link is on.
+    pub remote: SocketAddr,
+    /// The socket, non-blocking, tuned.
+    pub stream: std::net::TcpStream,
+    /// The TLS session, its handshake done and all it had to write written. What the peer sent
+    /// early is inside: empty its `reader()` before waiting for the socket.
+    pub tls: Connection,
+}
+
+impl fmt::Debug for EstablishedLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "EstablishedLink({} {} {})",
+            self.peer, self.volume, self.remote
+        )
+    }
+}
+
+/// Listens on the data port.
+#[derive(Debug)]
+pub struct DataListener {
+    addresses: Vec<SocketAddr>,
+    established: mpsc::Receiver<EstablishedLink>,
+    _tasks: JoinSet<()>,
+}
+
+impl DataListener {
+    /// Listens on every address. Must run inside a Tokio runtime.
+    ///
+    /// # Errors
+    /// An address can't be listened on, or TLS refuses the identity.
+    pub fn bind(
+        addresses: &[SocketAddr],
+        identity: &Arc<Identity>,
+        admission: LinkAdmission,
+    ) -> io::Result<Self> {
+        let tls = identity
+            .server_config(Port::Data)
+            .map_err(io::Error::other)?;
+        let (links, established) = mpsc::channel(PENDING_LINKS);
+        let shared = Arc::new(Shared {
+            identity: Arc::clone(identity),
+            acceptor: TlsAcceptor::from(tls),
+            admission,
+            links,
+            pending: Semaphore::new(PENDING_LINKS),
+        });
+        let listeners = addresses
+            .iter()
+            .map(|address| net::listen(*address))
+            .collect::<io::Result<Vec<_>>>()?;
+        let addresses = listeners
+            .iter()
+            .map(TcpListener::local_addr)
+            .collect::<io::Result<Vec<_>>>()?;
+        let mut tasks = JoinSet::new();
+        for listener in listeners {
+            tasks.spawn(accept_all(listener, Arc::clone(&shared)));
+        }
+        Ok(Self {
+            addresses,
+            established,
+            _tasks: tasks,
+        })
+    }
+
+    /// Where it listens; tells the port when 0 was asked for.
+    #[must_use]
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// The next link that a peer established. Peers that were refused are in the log only.
+    /// `None` never comes while this exists. Cancel-safe.
+    pub async fn accept(&mut self) -> Option<EstablishedLink> {
+        self.established.recv().await
+    }
+}
+
+struct Shared {
+    identity: Arc<Identity>,
+    acceptor: TlsAcceptor,
+    admission: LinkAdmission,
+    links: mpsc::Sender<EstablishedLink>,
+    pending: Semaphore,
+}
+
+async fn accept_all(listener: TcpListener, shared: Arc<Shared>) {
+    let mut handshakes = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_ended) = handshakes.join_next() => continue,
+        };
+        let (stream, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "can't accept a connection on the data port");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let shared = Arc::clone(&shared);
+        handshakes.spawn(async move {
+            let Ok(_permit) = shared.pending.try_acquire() else {
+                tracing::warn!(%from, "too many unfinished data links; one was closed");
+                return;
+            };
+            let established =
+                tokio::time::timeout(ACCEPT_TIMEOUT, accept_one(stream, from, &shared));
+            match established.await {
+                // The listener is gone when nobody receives.
+                Ok(Ok(link)) => shared.links.send(link).await.unwrap_or(()),
+                Ok(Err(why)) => tracing::warn!(%from, why, "a data link was refused"),
+                Err(_) => tracing::warn!(%from, "a data link was not established in time"),
+            }
+        });
+    }
+}
+
+async fn accept_one(
+    stream: TcpStream,
+    from: SocketAddr,
+    shared: &Shared,
+) -> Result<EstablishedLink, String> {
+    net::tune(&stream).map_err(|error| error.to_string())?;
+    let mut stream = shared
+        .acceptor
+        .accept(stream)
+        .await
+        .map_err(|error| describe_tls_error(&error))?;
+    let cluster = shared.identity.cluster();
+    let certificate = stream
+        .get_ref()
+        .1
+        .peer_certificates()
+        .and_then(|chain| chain.first());
+    let peer = certificate
+        .ok_or("the peer showed no certificate")
+        .map_err(str::to_owned)
+        .and_then(|certificate| {
+            peer_node(certificate, cluster).map_err(|error| error.to_string())
+        })?;
+    let theirs = read_hello(&mut stream).await?;
+    (shared.admission)(peer, theirs.volume)?;
+    let ours = LinkHello::new(cluster, theirs.volume);
+    // The answer goes out before the verdict, so that the peer can name the difference too.
+    let sent = async {
+        stream.write_all(&ours.encode()).await?;
+        stream.flush().await
+    };
+    sent.await.map_err(|error| describe_tls_error(&error))?;
+    let protocol = ours.agree(&theirs).map_err(|error| error.to_string())?;
+    let (stream, tls) = stream.into_inner();
+    Ok(EstablishedLink {
+        peer,
+        volume: theirs.volume,
+        protocol,
+        remote: from,
+        stream: stream.into_std().map_err(|error| error.to_string())?,
+        tls: Connection::Server(tls),
+    })
+}
+
+/// Establishes links to peers.
+#[derive(Debug, Clone)]
+pub struct LinkDialer {
+    identity: Arc<Identity>,
+    tls: Arc<ClientConfig>,
+}
+
+impl LinkDialer {
+    /// Dials with this identity.
+    ///
+    /// # Errors
+    /// TLS refuses it.
+    pub fn new(identity: Arc<Identity>) -> Result<Self, LinkError> {
+        Ok(Self {
+            tls: identity.client_config(Port::Data)?,
+            identity,
+        })
+    }
+
+    /// Tries a peer's data addresses in order, each for at most `timeout`.
+    ///
+    /// # Errors
+    /// None led to the peer, or it refused.
+    pub async fn dial(
+        &self,
+        peer: NodeId,
+        addresses: &[SocketAddr],
+        volume: VolumeId,
+        timeout: Duration,
+    ) -> Result<EstablishedLink, LinkError> {
+        let mut failures = Vec::new();
+        for address in addresses {
+            let attempt = self.dial_one(peer, *address, volume, timeout);
+            match tokio::time::timeout(timeout, attempt).await {
+                Ok(Ok(link)) => return Ok(link),
+                Ok(Err(why)) => failures.push(format!("{address}: {why}")),
+                Err(_) => failures.push(format!(
+                    "{address}: no link within {} ms",
+                    timeout.as_millis()
+                )),
+            }
+        }
+        if addresses.is_empty() {
+            failures.push("it has no address".to_owned());
+        }
+        Err(LinkError::Unreachable {
+            peer,
+            why: failures.join("; "),
+        })
+    }
+
+    async fn dial_one(
+        &self,
+        peer: NodeId,
+        address: SocketAddr,
+        volume: VolumeId,
+        timeout: Duration,
+    ) -> Result<EstablishedLink, String> {
+        let stream = net::connect(address, timeout)
+            .await
+            .map_err(|error| error.to_string())?;
+        let name = server_name(peer, self.identity.cluster());
+        let mut stream = TlsConnector::from(Arc::clone(&self.tls))
+            .connect(name, stream)
+            .await
+            .map_err(|error| describe_tls_error(&error))?;
+        let ours = LinkHello::new(self.identity.cluster(), volume);
+        let sent = async {
+            stream.write_all(&ours.encode()).await?;
+            stream.flush().await
+        };
+        sent.await.map_err(|error| describe_tls_error(&error))?;
+        let theirs = read_hello(&mut stream).await?;
+        let protocol = ours
+            .agree(&theirs)
+            .map_err(|error: HelloError| error.to_string())?;
+        let (stream, tls) = stream.into_inner();
+        Ok(EstablishedLink {
+            peer,
+            volume,
+            protocol,
+            remote: address,
+            stream: stream.into_std().map_err(|error| error.to_string())?,
+            tls: Connection::Client(tls),
+        })
+    }
+}
+
+async fn read_hello(stream: &mut (impl AsyncRead + Unpin)) -> Result<LinkHello, String> {
+    let mut bytes = [0; LINK_HELLO_BYTES];
+    stream.read_exact(&mut bytes).await.map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => {
+            "it closed the connection instead of greeting; it may not have the volume (yet), its log says why"
+                .to_owned()
+        }
+        _ => describe_tls_error(&error),
+    })?;
+    LinkHello::decode(&bytes).map_err(|error| error.to_string())
+}
