@@ -20,7 +20,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use relevo_host::{command::NsCommand, netns::NetNs, userns};
+use relevo_host::{command::NsCommand, mountns::MountNs, netns::NetNs, userns};
 use relevo_server::api::{
     ClusterStatus, InitRequest, JoinRequest, NodeRequest, PathRequest, TokenRequest, VolumeStatus,
 };
@@ -104,6 +104,8 @@ pub struct Machine {
     pub name: String,
     /// Its place; `None` on loopback.
     pub namespace: Option<NetNs>,
+    /// What it mounted; made with its first daemon, gone with its power.
+    mounts: Option<MountNs>,
     /// The daemon's state directory; the client has none.
     pub state_dir: PathBuf,
     daemon: Option<Child>,
@@ -254,6 +256,7 @@ impl Lab {
             self.machines.push(Machine {
                 name,
                 namespace,
+                mounts: None,
                 state_dir,
                 daemon: None,
                 kind,
@@ -374,7 +377,12 @@ impl Lab {
             .stderr(log)
             .own_group();
         if let Some(namespace) = &machine.namespace {
-            command = command.in_namespace(namespace).own_mounts();
+            let mounts = match machine.mounts.take() {
+                Some(mounts) => mounts,
+                None => MountNs::new()?,
+            };
+            command = command.in_namespace(namespace).in_mounts(&mounts);
+            machine.mounts = Some(mounts);
         }
         machine.daemon = Some(command.spawn()?);
         let state_dir = machine.state_dir.clone();
@@ -410,6 +418,19 @@ impl Lab {
         if let Some(mut daemon) = machine.daemon.take() {
             daemon.wait().context("wait for the killed daemon")?;
         }
+        Ok(())
+    }
+
+    /// Takes a machine's power: its cables are cut, its processes killed, its mounts forgotten.
+    ///
+    /// # Errors
+    /// As of [`Self::set_cables`] and [`Self::kill_everything`].
+    pub fn cut_power(&mut self, name: &str) -> anyhow::Result<()> {
+        if self.has_cables() {
+            self.set_cables(name, None, false)?;
+        }
+        self.kill_everything(name)?;
+        self.machine_mut(name).mounts = None;
         Ok(())
     }
 

@@ -51,10 +51,8 @@ impl Client {
         if let Some(namespace) = &lab.machine("client").namespace {
             command = command.in_namespace(namespace);
         }
-        Ok(Self {
-            child: command.spawn().context("start the client")?,
-            journal,
-        })
+        let child = command.spawn().context("start the client")?;
+        Ok(Self { child, journal, read: RefCell::default() })
     }
 
     /// Every entry acknowledged so far, in order.

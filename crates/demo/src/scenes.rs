@@ -490,17 +490,13 @@ fn other(name: &str) -> &'static str {
 
 fn power_loss(stage: &mut Stage<'_>, report: &mut SceneReport) -> anyhow::Result<()> {
     let active = report.active_before.clone();
-    stage.lab.set_cables(&active, None, false)?;
-    stage.lab.kill_everything(&active)?;
+    stage.lab.cut_power(&active)?;
     stage.served_again(now())
 }
 
 fn node_return(stage: &mut Stage<'_>, report: &mut SceneReport) -> anyhow::Result<()> {
     let lost = report.active_before.clone();
-    if stage.lab.has_cables() {
-        stage.lab.set_cables(&lost, None, false)?;
-    }
-    stage.lab.kill_everything(&lost)?;
+    stage.lab.cut_power(&lost)?;
     stage.served_again(now())?;
     let taker = stage.active()?;
     report.notes.push(format!(

@@ -204,10 +204,10 @@ fn create_file(new: &NewReplica<'_>, layout: &Layout) -> Result<(), CreateError>
     name.push(".creating");
     let unfinished = directory.join(name);
     let made = write_file(new, layout, &unfinished);
-    if made.is_err() {
-        if let Err(error) = fs::remove_file(&unfinished) {
-            tracing::warn!(path = %unfinished.display(), %error, "an unfinished file is left");
-        }
+    if made.is_err()
+        && let Err(error) = fs::remove_file(&unfinished)
+    {
+        tracing::warn!(path = %unfinished.display(), %error, "an unfinished file is left");
     }
     made
 }

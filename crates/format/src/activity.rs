@@ -5,8 +5,6 @@
 //! enough, because nothing is written to a region before its transaction is on stable storage,
 //! and a region that a lost transaction dropped is only compared for nothing.
 
-use relevo_types::BLOCK_SIZE;
-
 use crate::{
     META_BLOCK, Region,
     bytes::{get_u32, get_u64, is_blank, is_sealed, put_u32, put_u64, seal},
@@ -101,4 +99,4 @@ pub fn recover(ring: &[u8], tag: u32) -> Recovered {
     recovered
 }
 
-const _: () = assert!(REGIONS_AT + 4 * REGIONS_MAX <= BLOCK_SIZE as usize);
+const _: () = assert!(REGIONS_AT + 4 * REGIONS_MAX <= META_BLOCK);

@@ -10,9 +10,12 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use rustix::{mount::MountPropagationFlags, thread::UnshareFlags};
+use rustix::{
+    mount::MountPropagationFlags,
+    thread::{LinkNameSpaceType, UnshareFlags},
+};
 
-use crate::{HostError, Result, netns, netns::NetNs, parent};
+use crate::{HostError, Result, mountns::MountNs, netns, netns::NetNs, parent};
 
 /// A process to be started in a network namespace with mounts of its own. The kernel kills it when
 /// this process ends in whatever way.
@@ -20,6 +23,7 @@ use crate::{HostError, Result, netns, netns::NetNs, parent};
 pub struct NsCommand {
     command: Command,
     namespace: Option<NetNs>,
+    mounts: Option<MountNs>,
     own_mounts: bool,
 }
 
@@ -31,6 +35,7 @@ impl NsCommand {
         Self {
             command,
             namespace: None,
+            mounts: None,
             own_mounts: false,
         }
     }
@@ -91,8 +96,16 @@ impl NsCommand {
         self
     }
 
+    /// Starts it in this mount namespace.
+    #[must_use]
+    pub fn in_mounts(mut self, mounts: &MountNs) -> Self {
+        self.mounts = Some(mounts.clone());
+        self
+    }
+
     /// Gives it a mount namespace of its own: what it mounts, nobody else sees, and it goes away
-    /// with its last process.
+    /// with its last process. Not for a process that serves a file system to itself: see
+    /// [`MountNs`].
     #[must_use]
     pub fn own_mounts(mut self) -> Self {
         self.own_mounts = true;
@@ -107,6 +120,7 @@ impl NsCommand {
         let Self {
             mut command,
             namespace,
+            mounts,
             own_mounts,
         } = self;
         let program = command.get_program().to_owned();
@@ -120,6 +134,12 @@ impl NsCommand {
             command.pre_exec(move || {
                 if let Some(namespace) = &namespace {
                     netns::enter(namespace.fd())?;
+                }
+                if let Some(mounts) = &mounts {
+                    rustix::thread::move_into_link_name_space(
+                        mounts.fd(),
+                        Some(LinkNameSpaceType::Mount),
+                    )?;
                 }
                 if own_mounts {
                     separate_mounts()?;

@@ -8,7 +8,7 @@
 //! * [`clock`]: `CLOCK_BOOTTIME` as [`relevo_types::Time`].
 //! * [`address`]: addresses with a lifetime that the kernel ends by itself; [`announce`]:
 //!   gratuitous ARP and unsolicited neighbour advertisements.
-//! * [`netns`], [`userns`], [`command`]: whole machines out of namespaces, without the `ip` tool.
+//! * [`netns`], [`mountns`], [`userns`], [`command`]: whole machines out of namespaces, without the `ip` tool.
 //! * [`mount`], [`mkfs`]: file systems.
 //! * [`process`]: supervised processes that can't outlive their parent.
 
@@ -19,6 +19,7 @@ pub mod command;
 pub mod error;
 pub mod mkfs;
 pub mod mount;
+pub mod mountns;
 pub mod netlink;
 pub mod netns;
 mod parent;

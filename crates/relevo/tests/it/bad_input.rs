@@ -1,8 +1,8 @@
 //! Wrong input: each gets an error that says what, why and what to do, and nothing is lost.
 
-use std::net::TcpListener;
+use std::{net::TcpListener, time::Duration};
 
-use crate::daemons::{Answer, Site, relevo};
+use crate::daemons::{Answer, Site, eventually, relevo};
 
 fn one_node(site: &Site, name: &str, cluster: &str) -> crate::daemons::Daemon {
     let daemon = site.daemon(name);
@@ -224,4 +224,60 @@ fn a_state_directory_in_use() {
     assert!(answer.err.contains(&alfa.pid().to_string()), "{}", answer.err);
     assert!(answer.err.contains("--state-dir"), "{}", answer.err);
     alfa.run(&["status"]);
+}
+
+/// Overwrites superblock slots of a replica: the last two blocks of its backing.
+fn damage(backing: &std::path::Path, slots: std::ops::Range<u64>) {
+    let file = std::fs::OpenOptions::new().write(true).open(backing).unwrap();
+    let first = file.metadata().unwrap().len() - 2 * 4096;
+    for slot in slots {
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0x5a; 4096], first + slot * 4096)
+            .unwrap();
+    }
+}
+
+fn only_file(directory: &std::path::Path) -> std::path::PathBuf {
+    let mut files = std::fs::read_dir(directory).unwrap();
+    let file = files.next().unwrap().unwrap().path();
+    assert!(files.next().is_none());
+    file
+}
+
+#[test]
+fn a_damaged_metadata_slot() {
+    let site = Site::new();
+    for slot in 0..2 {
+        let mut alfa = one_node(&site, &format!("alfa{slot}"), "campus");
+        alfa.ok(&["volume", "create", "mail", "--size", "16MiB"]);
+        assert_eq!(alfa.terminate(Duration::from_secs(10)), Some(0));
+        damage(&only_file(&alfa.state_dir().join("pool")), slot..slot + 1);
+        alfa.start();
+        eventually(Duration::from_secs(10), "the damage is told", || {
+            alfa.ok(&["events"]).contains("damaged")
+        });
+        alfa.ok(&["primary", "mail"]);
+    }
+}
+
+#[test]
+fn damaged_metadata() {
+    let site = Site::new();
+    let mut alfa = one_node(&site, "alfa", "campus");
+    alfa.ok(&["volume", "create", "mail", "--size", "16MiB"]);
+    let backing = only_file(&alfa.state_dir().join("pool"));
+    alfa.ok(&["volume", "create", "web", "--size", "16MiB"]);
+    assert_eq!(alfa.terminate(Duration::from_secs(10)), Some(0));
+    damage(&backing, 0..2);
+    let damaged = std::fs::read(&backing).unwrap();
+    alfa.start();
+    let mut replica = serde_json::Value::Null;
+    eventually(Duration::from_secs(10), "the replica is refused", || {
+        replica = alfa.find("volumes", "mail")["replicas"][0].clone();
+        replica["disk"] == "Failed"
+    });
+    let remark = replica["remark"].as_str().unwrap();
+    assert!(remark.contains("damaged"), "{remark}");
+    // The node lives, and the other volume works.
+    alfa.ok(&["primary", "web"]);
+    assert!(std::fs::read(&backing).unwrap() == damaged, "the backing was changed");
 }

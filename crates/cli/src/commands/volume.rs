@@ -1,0 +1,98 @@
+//! `volume create`, `volume list`, `volume remove`.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, Subcommand};
+use relevo_server::api::{CreateVolumeRequest, ReplicaRequest};
+use relevo_types::size::parse_size;
+
+use super::Context;
+use crate::{CliError, render};
+
+/// `relevo volume`
+#[derive(Subcommand, Debug)]
+pub enum VolumeVerb {
+    /// Create a volume with a replica on every data node, or on those named with --on
+    Create(CreateArgs),
+    /// List the volumes
+    List,
+    /// Remove a volume and its data on every node
+    Remove {
+        /// Name of the volume
+        name: String,
+    },
+}
+
+/// `relevo volume create`
+#[derive(Args, Debug)]
+pub struct CreateArgs {
+    /// Name of the volume: letters, digits, `-`, `_`, `.`
+    name: String,
+    /// Size: 512MiB, 20GiB, ...
+    #[arg(long, value_parser = parse_size)]
+    size: u64,
+    /// Node of a replica, with the backing file or device there (default: a sparse file in the
+    /// node's pool directory); repeat for each replica
+    #[arg(long = "on", value_name = "NODE[=PATH]", value_parser = parse_replica)]
+    replicas: Vec<ReplicaRequest>,
+    /// Take a backing that holds foreign data; what it holds is lost
+    #[arg(long)]
+    force: bool,
+}
+
+pub(super) async fn run(context: &Context, verb: VolumeVerb) -> Result<ExitCode, CliError> {
+    match verb {
+        VolumeVerb::Create(args) => {
+            let request = CreateVolumeRequest {
+                name: args.name,
+                size: args.size,
+                replicas: args.replicas,
+                force: args.force,
+            };
+            let done = context.client.create_volume(&request).await?;
+            context.print_done(&done)
+        }
+        VolumeVerb::List => {
+            let volumes = context.client.volumes().await?;
+            context.print(&volumes, |volumes| render::volume_list(volumes))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        VolumeVerb::Remove { name } => {
+            let done = context.client.remove_volume(&name).await?;
+            context.print_done(&done)
+        }
+    }
+}
+
+fn parse_replica(text: &str) -> Result<ReplicaRequest, String> {
+    let (node, backing) = match text.split_once('=') {
+        None => (text, None),
+        Some((node, path)) => (node, Some(PathBuf::from(path))),
+    };
+    if node.is_empty() {
+        return Err("the node has no name; write NODE or NODE=PATH".to_owned());
+    }
+    if backing.as_ref().is_some_and(|path| !path.is_absolute()) {
+        return Err(
+            "the backing is no absolute path; write NODE=/dev/... or NODE=/path".to_owned(),
+        );
+    }
+    Ok(ReplicaRequest {
+        node: node.to_owned(),
+        backing,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replicas_are_read() {
+        assert_eq!(parse_replica("alfa").unwrap().backing, None);
+        let replica = parse_replica("alfa=/dev/sdb").unwrap();
+        assert_eq!(replica.backing, Some(PathBuf::from("/dev/sdb")));
+        assert!(parse_replica("alfa=sdb").unwrap_err().contains("absolute"));
+        assert!(parse_replica("=/dev/sdb").unwrap_err().contains("no name"));
+    }
+}

@@ -1,0 +1,157 @@
+//! Fixed answers and the text that they make.
+
+use relevo_server::api::{Event, Status};
+
+use super::*;
+
+const NOW: u64 = 1_700_000_100_000;
+
+const DEGRADED: &str = r#"{
+  "health": "degraded",
+  "problems": ["replica of mail on beta is not in sync: a failure of alfa now would stop the volume"],
+  "daemon": {"version": "0.1.0", "pid": 7, "started_unix_ms": 1700000000000, "state_dir": "/var/lib/relevo"},
+  "cluster": {
+    "id": "00", "name": "campus", "sensitivity": "normal", "revision": 42, "this_node": "alfa",
+    "quorum": {"voters": 3, "alive": 2, "needed": 2, "leader": "alfa", "lease": {"held": true, "left_ms": 812}},
+    "nodes": [
+      {"name": "alfa", "id": "n1", "kind": "data", "state": "alive", "reason": null, "since_unix_ms": null,
+       "voter": true, "standby": false, "evicted": false,
+       "paths": [{"name": "lan", "address": "10.0.0.1", "up": null, "round_trip_us": null, "loss_percent": 0}]},
+      {"name": "beta", "id": "n2", "kind": "data", "state": "alive", "reason": null, "since_unix_ms": 1700000090000,
+       "voter": true, "standby": true, "evicted": false,
+       "paths": [{"name": "lan", "address": "10.0.0.2", "up": true, "round_trip_us": 312, "loss_percent": 3},
+                 {"name": "repl", "address": "10.9.0.2", "up": false, "round_trip_us": null, "loss_percent": 100}]},
+      {"name": "wit", "id": "n3", "kind": "witness", "state": "dead", "reason": "silent on lan for 1.0 s",
+       "since_unix_ms": 1700000095000, "voter": true, "standby": false, "evicted": true, "paths": []}
+    ],
+    "volumes": [
+      {"name": "mail", "id": "v1", "size": 21474836480, "epoch": 5, "primary": "alfa", "in_sync": ["alfa"],
+       "replicas": [
+         {"node": "alfa", "role": "Primary", "disk": "UpToDate", "replication": null, "dirty_bytes": null,
+          "sync_percent": null, "driver": "io_uring, direct", "backing": "/var/lib/relevo/pool/mail", "remark": null},
+         {"node": "beta", "role": "Secondary", "disk": "Inconsistent", "replication": "SyncSource",
+          "dirty_bytes": 1572864, "sync_percent": 40, "driver": null, "backing": null,
+          "remark": "superblock slot 0 is damaged, slot 1 was used"}],
+       "device": "/dev/relevo/mail", "nbd": "/var/lib/relevo/nbd/mail.sock",
+       "wait": {"what": "3 writes", "why": "beta must leave the in-sync set first", "since_unix_ms": 1700000099700,
+                "next": "the control log commits it"}}
+    ],
+    "services": [
+      {"name": "mail", "id": "s1", "enabled": true, "state": "running", "node": "alfa", "target": "beta",
+       "parts": [{"part": "mount /srv/mail", "state": "active", "detail": null},
+                 {"part": "process /usr/sbin/maild", "state": "failed", "detail": "exit status 1"}],
+       "failures": [{"node": "beta", "count": 1, "reason": "mount failed"}],
+       "wait": {"what": "the move to beta", "why": "beta is in standby", "since_unix_ms": null, "next": null}},
+      {"name": "web", "id": "s2", "enabled": false, "state": "stopped", "node": null, "target": null,
+       "parts": [], "failures": [], "wait": null}
+    ],
+    "waits": []
+  }
+}"#;
+
+#[test]
+fn a_degraded_cluster() {
+    let answer: Status = serde_json::from_str(DEGRADED).unwrap();
+    let expected = "\
+Cluster campus: DEGRADED. This is node alfa, relevo 0.1.0, up for 1 min 40 s.
+  ! replica of mail on beta is not in sync: a failure of alfa now would stop the volume
+Quorum: 2 of 3 votes alive, 2 needed: a majority; alfa leads the control log; this node's lease holds (812 ms left).
+Sensitivity normal: a machine that is silent on all paths for 1.0 s is dead.
+
+Nodes
+  alfa  alive (this node)
+        path lan  10.0.0.1
+  beta  alive for 10 s - standby: services leave it
+        path lan   10.0.0.2  up, round trip 0.31 ms, 3 % of heartbeats lost
+        path repl  10.9.0.2  DOWN: no heartbeats arrive
+  wit   dead for 5.0 s (witness) - evicted: what it held was taken from it
+        silent on lan for 1.0 s
+
+Volumes
+  mail  20 GiB, primary on alfa, in sync: alfa (epoch 5)
+    alfa  Primary   UpToDate (io_uring, direct) /var/lib/relevo/pool/mail
+    beta  Secondary Inconsistent SyncSource lacks 1.5 MiB 40 % done
+          superblock slot 0 is damaged, slot 1 was used
+    device /dev/relevo/mail
+    nbd    /var/lib/relevo/nbd/mail.sock
+    waits: 3 writes: beta must leave the in-sync set first (for 0.3 s)
+      next: the control log commits it
+
+Services
+  mail  running on alfa, asked to be on beta
+    mount /srv/mail          active
+    process /usr/sbin/maild  failed  exit status 1
+    beta gave it up once: mount failed; `relevo service start mail` tries it there again
+    waits: the move to beta: beta is in standby
+  web  stopped
+";
+    assert_eq!(status(&answer, NOW), expected);
+}
+
+#[test]
+fn no_cluster() {
+    let answer: Status = serde_json::from_str(
+        r#"{"health": "down", "problems": [], "cluster": null,
+            "daemon": {"version": "0.1.0", "pid": 7, "started_unix_ms": 0, "state_dir": "/x"}}"#,
+    )
+    .unwrap();
+    assert!(status(&answer, NOW).contains("`relevo init --name NAME`"));
+}
+
+#[test]
+fn no_majority_and_no_lease() {
+    let mut answer: Status = serde_json::from_str(DEGRADED).unwrap();
+    let cluster = answer.cluster.as_mut().unwrap();
+    cluster.quorum.alive = 1;
+    cluster.quorum.leader = None;
+    cluster.quorum.lease.held = false;
+    let text = status(&answer, NOW);
+    assert!(
+        text.contains("1 of 3 votes alive, 2 needed: NO majority"),
+        "{text}"
+    );
+    assert!(text.contains("no leader of the control log"), "{text}");
+    assert!(text.contains("NO lease"), "{text}");
+}
+
+#[test]
+fn lists() {
+    let answer: Status = serde_json::from_str(DEGRADED).unwrap();
+    let cluster = answer.cluster.unwrap();
+    let expected = "\
+NAME  SIZE    PRIMARY  IN SYNC  REPLICAS   DEVICE
+mail  20 GiB  alfa     alfa     alfa beta  /dev/relevo/mail
+";
+    assert_eq!(volume_list(&cluster.volumes), expected);
+    let expected = "\
+NAME  STATE    NODE  PARTS
+mail  running  alfa  mount /srv/mail, process /usr/sbin/maild
+web   stopped  -
+";
+    assert_eq!(service_list(&cluster.services), expected);
+    assert!(volume_list(&[]).contains("volume create"));
+    assert!(service_list(&[]).contains("service create"));
+}
+
+#[test]
+fn an_event() {
+    let event: Event = serde_json::from_str(
+        r#"{"number": 3, "unix_ms": 1700000000123, "node": "alfa", "kind": "node", "level": "warning",
+            "subject": "beta", "text": "dead: silent on lan for 1.0 s"}"#,
+    )
+    .unwrap();
+    assert_eq!(
+        event_line(&event),
+        "22:13:20.123 ! alfa        node beta         dead: silent on lan for 1.0 s"
+    );
+}
+
+#[test]
+fn lengths_of_time() {
+    assert_eq!(duration_words(0), "0.0 s");
+    assert_eq!(duration_words(9_990), "9.9 s");
+    assert_eq!(duration_words(59_999), "59 s");
+    assert_eq!(duration_words(60_000), "1 min");
+    assert_eq!(duration_words(3_661_000), "1 h 1 min");
+    assert_eq!(duration_words(90_000_000), "1 d 1 h");
+}

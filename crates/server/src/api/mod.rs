@@ -1,0 +1,26 @@
+//! What the daemon answers on its Unix socket: JSON over HTTP, version 1.
+//!
+//! The CLI, the demo and every later user interface speak these types; nothing else of the
+//! daemon is reachable from outside. [`request`] is what is asked, [`status`] what is shown,
+//! [`error`] how a refusal reads.
+
+pub mod error;
+pub mod request;
+pub(crate) mod router;
+pub mod status;
+
+pub use error::{ApiError, ErrorKind};
+pub use request::{
+    AddressRequest, CreateServiceRequest, CreateVolumeRequest, Done, InitAnswer, InitRequest,
+    JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest, PartRequest,
+    PathRequest, ProcessRequest, ReplicaRequest, StandbyRequest, TokenAnswer, TokenRequest,
+    VolumePartRequest,
+};
+pub use status::{
+    ClusterStatus, DaemonStatus, Event, EventKind, EventLevel, FailureStatus, Health, LeaseStatus,
+    NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus, ReplicaStatus, ServiceState,
+    ServiceStatus, Status, VolumeStatus, WaitStatus,
+};
+
+/// Name of the socket within the state directory.
+pub const SOCKET_NAME: &str = "relevo.sock";

@@ -1,0 +1,279 @@
+//! What is asked of the daemon.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use relevo_types::{
+    Sensitivity,
+    cluster::{NodeKind, NodePath, NodeSpec, Ports},
+};
+use serde::{Deserialize, Serialize};
+
+/// What a machine tells about itself, for `init` and `join`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeRequest {
+    /// Unique name; `None`: the host name.
+    pub name: Option<String>,
+    /// Its addresses; empty: one path `lan` with the address of the default route's interface.
+    pub paths: Vec<PathRequest>,
+    /// Its ports.
+    pub ports: Ports,
+}
+
+/// An address on a path.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PathRequest {
+    /// Name of the path, the same on every node that is on it.
+    pub name: String,
+    /// This node's address there.
+    pub address: IpAddr,
+    /// Replication prefers this path.
+    #[serde(default)]
+    pub replication: bool,
+}
+
+/// `POST /v1/init`
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitRequest {
+    /// Name of the cluster.
+    pub cluster: String,
+    /// How fast a silent machine is taken for dead.
+    pub sensitivity: Sensitivity,
+    /// This machine.
+    pub node: NodeRequest,
+}
+
+/// Answer to [`InitRequest`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct InitAnswer {
+    /// Identity of the cluster.
+    pub cluster_id: String,
+    /// Name of the cluster.
+    pub cluster: String,
+    /// Name of this node.
+    pub node: String,
+    /// A first join token.
+    pub token: TokenAnswer,
+}
+
+/// `POST /v1/join`
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JoinRequest {
+    /// The token as `relevo token` printed it.
+    pub token: String,
+    /// Data node or witness.
+    pub kind: NodeKind,
+    /// This machine.
+    pub node: NodeRequest,
+}
+
+/// Answer to [`JoinRequest`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct JoinAnswer {
+    /// Identity of the cluster.
+    pub cluster_id: String,
+    /// Name of the cluster.
+    pub cluster: String,
+    /// Name of this node.
+    pub node: String,
+    /// Every member, this node included.
+    pub members: Vec<String>,
+}
+
+/// `POST /v1/tokens`
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    /// What the joiner may become; `None`: either kind.
+    pub kind: Option<NodeKind>,
+    /// How long it is good, in seconds.
+    pub valid_s: u64,
+}
+
+/// Answer to [`TokenRequest`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TokenAnswer {
+    /// The token; it can be used once.
+    pub token: String,
+    /// When it ends, in seconds since 1970.
+    pub expires_unix_s: u64,
+}
+
+/// `POST /v1/volumes`. Answered when every replica exists.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVolumeRequest {
+    /// Unique name.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Its replicas; empty: one on every data node, in the node's pool directory.
+    #[serde(default)]
+    pub replicas: Vec<ReplicaRequest>,
+    /// Take backings that hold foreign data.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A replica that is asked for.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplicaRequest {
+    /// Name of the node.
+    pub node: String,
+    /// Backing file or device there; `None`: a file in the node's pool directory.
+    #[serde(default)]
+    pub backing: Option<PathBuf>,
+}
+
+/// `POST /v1/services`, and the content of a service file.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateServiceRequest {
+    /// Unique name.
+    pub name: String,
+    /// Node where it shall run first.
+    #[serde(default)]
+    pub on: Option<String>,
+    /// Its parts, started first to last, stopped last to first.
+    pub parts: Vec<PartRequest>,
+}
+
+/// A part of a service that is asked for.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PartRequest {
+    /// Primary of a volume.
+    Volume(VolumePartRequest),
+    /// A mounted file system.
+    Mount(MountRequest),
+    /// A virtual address.
+    Address(AddressRequest),
+    /// A supervised process.
+    Process(ProcessRequest),
+}
+
+/// Primary of a volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumePartRequest {
+    /// Name of the volume.
+    pub name: String,
+    /// Make it a block device of the kernel.
+    #[serde(default = "yes")]
+    pub device: bool,
+}
+
+/// A mounted file system.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountRequest {
+    /// Name of the volume, whose part stands earlier in the list.
+    pub volume: String,
+    /// Where; made when missing.
+    pub at: PathBuf,
+    /// Type of the file system.
+    #[serde(default = "ext4")]
+    pub filesystem: String,
+    /// Make the file system when the volume is blank.
+    #[serde(default = "yes")]
+    pub make: bool,
+    /// Mount options, comma separated.
+    #[serde(default)]
+    pub options: String,
+}
+
+/// A virtual address.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddressRequest {
+    /// The address and the length of its prefix: `192.168.1.1/24`.
+    pub address: String,
+    /// The interface; `None`: the one that has another address of this network.
+    #[serde(default)]
+    pub interface: Option<String>,
+}
+
+/// A supervised process.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessRequest {
+    /// Program (absolute path) and arguments.
+    pub command: Vec<String>,
+    /// Additional environment.
+    #[serde(default)]
+    pub environment: BTreeMap<String, String>,
+    /// Where it runs.
+    #[serde(default)]
+    pub directory: Option<PathBuf>,
+    /// It is ready when this TCP address accepts.
+    #[serde(default)]
+    pub ready: Option<SocketAddr>,
+}
+
+/// `POST /v1/services/{name}/move`. Answered when the service runs there.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveServiceRequest {
+    /// Where to; `None`: take the wish back, the planner chooses.
+    pub to: Option<String>,
+}
+
+/// `POST /v1/nodes/{name}/standby`
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StandbyRequest {
+    /// Whether services shall leave the node.
+    pub standby: bool,
+}
+
+/// Answer to a call that changed something and has nothing else to tell.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Done {
+    /// What was done, in a sentence.
+    pub done: String,
+}
+
+impl NodeRequest {
+    /// The request as the control log wants it, with what was left out filled in.
+    #[must_use]
+    pub fn into_spec(self, kind: NodeKind, host_name: &str, address: IpAddr) -> NodeSpec {
+        let path = |path: PathRequest| NodePath {
+            name: path.name,
+            address: path.address,
+            replication: path.replication,
+        };
+        let mut paths: Vec<NodePath> = self.paths.into_iter().map(path).collect();
+        if paths.is_empty() {
+            paths.push(NodePath {
+                name: DEFAULT_PATH.to_owned(),
+                address,
+                replication: false,
+            });
+        }
+        NodeSpec {
+            name: self.name.unwrap_or_else(|| host_name.to_owned()),
+            kind,
+            paths,
+            ports: self.ports,
+        }
+    }
+}
+
+/// Name of the path of a node that names none.
+pub const DEFAULT_PATH: &str = "lan";
+
+const fn yes() -> bool {
+    true
+}
+
+fn ext4() -> String {
+    "ext4".to_owned()
+}

@@ -1,0 +1,237 @@
+//! The routes of the daemon's socket.
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::{
+    Json, Router,
+    body::{Body, Bytes},
+    extract::{DefaultBodyLimit, Path, Query, State},
+    http::header,
+    response::{IntoResponse as _, Response},
+    routing::{delete, get, post},
+};
+use futures::stream;
+use serde::{Deserialize, de::DeserializeOwned};
+use tokio::sync::broadcast;
+
+use super::{
+    ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done, ErrorKind, Event,
+    InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, ServiceStatus,
+    StandbyRequest, Status, TokenAnswer, TokenRequest, VolumeStatus,
+};
+use crate::app::App;
+
+/// The longest request: a service with some dozen parts is a few KiB.
+const REQUEST_MAX: usize = 1 << 20;
+
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// All routes.
+pub(crate) fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/cluster", get(cluster))
+        .route("/v1/events", get(events))
+        .route("/v1/init", post(init))
+        .route("/v1/join", post(join))
+        .route("/v1/leave", post(leave))
+        .route("/v1/tokens", post(create_token))
+        .route("/v1/volumes", get(volumes).post(create_volume))
+        .route("/v1/volumes/{name}", delete(remove_volume))
+        .route("/v1/volumes/{name}/primary", post(make_primary))
+        .route("/v1/volumes/{name}/secondary", post(make_secondary))
+        .route("/v1/services", get(services).post(create_service))
+        .route("/v1/services/{name}", delete(remove_service))
+        .route("/v1/services/{name}/start", post(start_service))
+        .route("/v1/services/{name}/stop", post(stop_service))
+        .route("/v1/services/{name}/move", post(move_service))
+        .route("/v1/nodes/{name}/standby", post(set_standby))
+        .fallback(unknown)
+        .layer(DefaultBodyLimit::max(REQUEST_MAX))
+        .with_state(app)
+}
+
+async fn unknown() -> ApiError {
+    ApiError::new(
+        ErrorKind::NotFound,
+        "the daemon does not know this call",
+        "the path or the method is unknown",
+        "use a `relevo` of the daemon's version",
+    )
+}
+
+/// A request's body. Not axum's extractor: its refusals are no [`ApiError`].
+fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
+    serde_json::from_slice(bytes).map_err(|e| {
+        ApiError::new(
+            ErrorKind::BadRequest,
+            "the request was not understood",
+            e.to_string(),
+            "use a `relevo` of the daemon's version",
+        )
+    })
+}
+
+async fn status(State(app): State<Arc<App>>) -> Json<Status> {
+    Json(app.status().await)
+}
+
+async fn cluster(State(app): State<Arc<App>>) -> Answer<ClusterStatus> {
+    app.cluster_status().await.map(Json)
+}
+
+async fn volumes(State(app): State<Arc<App>>) -> Answer<Vec<VolumeStatus>> {
+    Ok(Json(app.cluster_status().await?.volumes))
+}
+
+async fn services(State(app): State<Arc<App>>) -> Answer<Vec<ServiceStatus>> {
+    Ok(Json(app.cluster_status().await?.services))
+}
+
+async fn init(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<InitAnswer> {
+    let request: InitRequest = body(&bytes)?;
+    to_the_end(async move { app.init(request).await }).await
+}
+
+async fn join(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<JoinAnswer> {
+    let request: JoinRequest = body(&bytes)?;
+    to_the_end(async move { app.join(request).await }).await
+}
+
+async fn leave(State(app): State<Arc<App>>) -> Answer<Done> {
+    to_the_end(async move { app.leave().await }).await
+}
+
+async fn create_token(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<TokenAnswer> {
+    let request: TokenRequest = body(&bytes)?;
+    app.running()?.create_token(&request).await.map(Json)
+}
+
+async fn create_volume(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<Done> {
+    let request: CreateVolumeRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.create_volume(request).await }).await
+}
+
+async fn remove_volume(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.remove_volume(&name).await }).await
+}
+
+async fn make_primary(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.make_primary(&name).await }).await
+}
+
+async fn make_secondary(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.make_secondary(&name).await }).await
+}
+
+async fn create_service(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<Done> {
+    let request: CreateServiceRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.create_service(request).await }).await
+}
+
+async fn remove_service(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.remove_service(&name).await }).await
+}
+
+async fn start_service(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.start_service(&name).await }).await
+}
+
+async fn stop_service(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.stop_service(&name).await }).await
+}
+
+async fn move_service(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: MoveServiceRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.move_service(&name, request.to.as_deref()).await }).await
+}
+
+async fn set_standby(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: StandbyRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.set_standby(&name, request.standby).await }).await
+}
+
+/// Carries a call of several steps out to its end even when the caller hangs up in the middle:
+/// axum drops a handler with its connection, and half a volume would stay behind.
+async fn to_the_end<T: Send + 'static>(
+    call: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Answer<T> {
+    match tokio::spawn(call).await {
+        Ok(result) => result.map(Json),
+        Err(e) => Err(ApiError::new(
+            ErrorKind::Internal,
+            "the call was not completed",
+            e.to_string(),
+            "look at the log of the daemon",
+        )),
+    }
+}
+
+#[derive(Deserialize)]
+struct EventsQuery {
+    #[serde(default)]
+    follow: bool,
+}
+
+/// JSON lines: the remembered events, and with `follow` those that come.
+async fn events(State(app): State<Arc<App>>, Query(query): Query<EventsQuery>) -> Response {
+    let (past, live) = app.events.follow();
+    let mut text = Vec::new();
+    for event in &past {
+        push_line(&mut text, event);
+    }
+    let body = if query.follow {
+        let first = (Some(Bytes::from(text)), live);
+        Body::from_stream(stream::unfold(first, |(past, mut live)| async move {
+            let chunk = match past {
+                Some(past) => past,
+                None => next_line(&mut live).await?,
+            };
+            Some((Ok::<_, Infallible>(chunk), (None, live)))
+        }))
+    } else {
+        Body::from(text)
+    };
+    ([(header::CONTENT_TYPE, "application/jsonl")], body).into_response()
+}
+
+async fn next_line(live: &mut broadcast::Receiver<Event>) -> Option<Bytes> {
+    loop {
+        match live.recv().await {
+            Ok(event) => {
+                let mut line = Vec::new();
+                push_line(&mut line, &event);
+                return Some(Bytes::from(line));
+            }
+            // The numbers of the events show the gap.
+            Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => return None,
+        }
+    }
+}
+
+fn push_line(text: &mut Vec<u8>, event: &Event) {
+    // An event is strings and numbers; its JSON can't fail.
+    if let Ok(json) = serde_json::to_vec(event) {
+        text.extend_from_slice(&json);
+        text.push(b'\n');
+    }
+}

@@ -1,0 +1,328 @@
+//! What the daemon shows: `GET /v1/status`, `/v1/volumes`, `/v1/services` and `/v1/events`.
+//!
+//! Nodes, volumes and services appear by name. Moments are milliseconds since 1970 by the clock of
+//! the machine that answers, only for people to read.
+
+use std::path::PathBuf;
+
+use relevo_types::{Sensitivity, cluster::NodeKind};
+use serde::{Deserialize, Serialize};
+
+/// `GET /v1/status`
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The verdict; decides the exit code of `relevo status`.
+    pub health: Health,
+    /// What is not as it should be, a sentence each.
+    pub problems: Vec<String>,
+    /// The daemon that answers.
+    pub daemon: DaemonStatus,
+    /// `None` before `init` or `join`.
+    pub cluster: Option<ClusterStatus>,
+}
+
+/// A verdict.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    /// Everything is as asked for.
+    Healthy,
+    /// Everything that was asked for is served; something that protects it is missing.
+    Degraded,
+    /// Something that was asked for is not served, or this node can't tell.
+    Down,
+}
+
+/// The daemon that answers.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DaemonStatus {
+    /// Version of the program.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// When it started.
+    pub started_unix_ms: u64,
+    /// Where it keeps its state.
+    pub state_dir: PathBuf,
+}
+
+/// The cluster as the answering node sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ClusterStatus {
+    /// Its identity.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// How fast a silent machine is taken for dead.
+    pub sensitivity: Sensitivity,
+    /// Position of this node in the control log.
+    pub revision: u64,
+    /// The node that answers.
+    pub this_node: String,
+    /// Votes.
+    pub quorum: QuorumStatus,
+    /// Members.
+    pub nodes: Vec<NodeStatus>,
+    /// Volumes.
+    pub volumes: Vec<VolumeStatus>,
+    /// Services.
+    pub services: Vec<ServiceStatus>,
+    /// What the cluster as a whole waits for.
+    pub waits: Vec<WaitStatus>,
+}
+
+/// Votes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct QuorumStatus {
+    /// How many members vote.
+    pub voters: usize,
+    /// How many of them this node hears, itself included.
+    pub alive: usize,
+    /// How many are a majority.
+    pub needed: usize,
+    /// The leader of the control log; `None`: there is none now.
+    pub leader: Option<String>,
+    /// The answering node's lease.
+    pub lease: LeaseStatus,
+}
+
+/// A node's right to act.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LeaseStatus {
+    /// It has it now.
+    pub held: bool,
+    /// How long it still holds without news, in milliseconds.
+    pub left_ms: u64,
+}
+
+/// A member.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its name.
+    pub name: String,
+    /// Its id in logs.
+    pub id: String,
+    /// Data node or witness.
+    pub kind: NodeKind,
+    /// `alive`, `suspect`, `dead` or `unknown`.
+    pub state: String,
+    /// Why, when there is more to say.
+    pub reason: Option<String>,
+    /// Since when.
+    pub since_unix_ms: Option<u64>,
+    /// Its vote counts.
+    pub voter: bool,
+    /// Services leave it.
+    pub standby: bool,
+    /// What it held was taken from it and it was not readmitted yet.
+    pub evicted: bool,
+    /// Ways to it; for the answering node its own addresses.
+    pub paths: Vec<PathStatus>,
+}
+
+/// A way to a node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PathStatus {
+    /// Its name.
+    pub name: String,
+    /// The node's address there.
+    pub address: String,
+    /// Heartbeats arrive; `None` for the answering node itself.
+    pub up: Option<bool>,
+    /// Round trip in microseconds.
+    pub round_trip_us: Option<u32>,
+    /// Heartbeats missed of the last 100, in percent.
+    pub loss_percent: u8,
+}
+
+/// A volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: String,
+    /// Its id in logs.
+    pub id: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Number of its configuration; 0 until every replica was created.
+    pub epoch: u64,
+    /// Its primary.
+    pub primary: Option<String>,
+    /// Members of the in-sync set.
+    pub in_sync: Vec<String>,
+    /// Replicas.
+    pub replicas: Vec<ReplicaStatus>,
+    /// Block device on the answering node.
+    pub device: Option<PathBuf>,
+    /// NBD socket on the answering node.
+    pub nbd: Option<PathBuf>,
+    /// What its requests wait for.
+    pub wait: Option<WaitStatus>,
+}
+
+/// A replica.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    /// Its node.
+    pub node: String,
+    /// `Primary` or `Secondary`.
+    pub role: String,
+    /// `UpToDate`, `Inconsistent` ..., as its node reports it; `None`: it did not answer.
+    pub disk: Option<String>,
+    /// What the primary (or else the answering node) says of the link to it: `Established`,
+    /// `SyncSource`, `Connecting` ...; `None` for the one who says.
+    pub replication: Option<String>,
+    /// Bytes that it lacks, where known.
+    pub dirty_bytes: Option<u64>,
+    /// Progress of its resync since it began, in percent.
+    pub sync_percent: Option<u8>,
+    /// How its node reads and writes the backing: `io_uring`, `thread pool` ...
+    pub driver: Option<String>,
+    /// File or device on its node.
+    pub backing: Option<PathBuf>,
+    /// What is wrong with it, or worth knowing.
+    pub remark: Option<String>,
+}
+
+/// A service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Its name.
+    pub name: String,
+    /// Its id in logs.
+    pub id: String,
+    /// Whether it shall run.
+    pub enabled: bool,
+    /// What it is doing.
+    pub state: ServiceState,
+    /// The node that has its parts.
+    pub node: Option<String>,
+    /// Where the administrator asked it to be.
+    pub target: Option<String>,
+    /// Its parts.
+    pub parts: Vec<PartStatus>,
+    /// Nodes that gave it up.
+    pub failures: Vec<FailureStatus>,
+    /// What it waits for.
+    pub wait: Option<WaitStatus>,
+}
+
+/// What a service is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServiceState {
+    /// Every part is active.
+    Running,
+    /// A node holds it and starts its parts.
+    Starting,
+    /// A node holds it and stops its parts.
+    Stopping,
+    /// Disabled, and nobody holds it.
+    Stopped,
+    /// Enabled, and nobody holds it.
+    Waiting,
+    /// A node holds it and does not answer.
+    Unknown,
+}
+
+/// A part of a service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PartStatus {
+    /// Kind and subject: `mount /srv/mail`.
+    pub part: String,
+    /// What it is doing.
+    pub state: PartState,
+    /// More about it: an error, a process id.
+    pub detail: Option<String>,
+}
+
+/// What a part is doing on the holder.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PartState {
+    /// Not active.
+    Stopped,
+    /// Being started.
+    Starting,
+    /// Active.
+    Active,
+    /// Being stopped.
+    Stopping,
+    /// Could not be started, stopped or kept.
+    Failed,
+    /// The holder did not say.
+    Unknown,
+}
+
+/// A node that gave a service up.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FailureStatus {
+    /// The node.
+    pub node: String,
+    /// How often.
+    pub count: u32,
+    /// The last reason.
+    pub reason: String,
+}
+
+/// Something that is waited for (DESIGN, rule 10).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WaitStatus {
+    /// What waits.
+    pub what: String,
+    /// Why.
+    pub why: String,
+    /// Since when.
+    pub since_unix_ms: Option<u64>,
+    /// What happens next, and what a person can do.
+    pub next: Option<String>,
+}
+
+/// One line of `relevo events`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// Grows by one with each event of a daemon's run.
+    pub number: u64,
+    /// When, by this machine's clock.
+    pub unix_ms: u64,
+    /// The node that tells it.
+    pub node: String,
+    /// What it is about.
+    pub kind: EventKind,
+    /// How much it matters.
+    pub level: EventLevel,
+    /// The node, volume, service or path concerned; empty for the cluster.
+    pub subject: String,
+    /// What happened and why.
+    pub text: String,
+}
+
+/// What an event is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EventKind {
+    /// The daemon itself.
+    Daemon,
+    /// The cluster: joins, quorum, the plan.
+    Cluster,
+    /// A node's life.
+    Node,
+    /// A path.
+    Path,
+    /// A volume.
+    Volume,
+    /// A service.
+    Service,
+}
+
+/// How much an event matters.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EventLevel {
+    /// Part of normal work.
+    Info,
+    /// Redundancy or service is affected.
+    Warning,
+    /// A person has to do something.
+    Alarm,
+}

@@ -1,0 +1,473 @@
+//! This machine as a running member of a cluster: everything that is started with the membership
+//! and ends with it.
+//!
+//! The parts, and who talks to whom: the node manager (`daemon::node_loop`, its own thread) decides;
+//! `daemon::hands` carries its effects out on `daemon::volumes` (data threads), `daemon::parts`
+//! (agents), the control log and the other daemons (`rpc`). What the API asks goes through the
+//! control log, also when this node itself shall do it.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use relevo_agents::{AddressKeeper, FAILURE_QUEUE, PartContext, PartRunner};
+use relevo_control::{ControlLog as _, ProposeError, RaftControl, RaftControlConfig};
+use relevo_node::{Input, NodeConfig};
+use relevo_transport::{
+    HeartbeatKey, HeartbeatSocket, HeartbeatSockets, RpcClient, RpcServer, Token, random,
+    rpc::RpcConfig,
+};
+use relevo_types::{
+    ClusterId, Instance, NodeId, ServiceId, VolumeId,
+    cluster::{ClusterState, Command, NodeKind, Outcome},
+};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+use crate::{
+    DaemonOptions,
+    api::{ApiError, ClusterStatus, ErrorKind, EventKind, EventLevel, ServiceState},
+    daemon::{
+        hands::{DaemonHands, HandsContext},
+        links,
+        node_loop::{self, NodeInbox},
+        parts::Parts,
+        volumes::{Volumes, VolumesContext},
+    },
+    events::{Events, unix_ms},
+    join::Admitter,
+    membership_files::{MemberFiles, Places},
+    rpc::{ControlPeers, Handler, control_addresses},
+    state_dir::private_dir,
+    status::{self, LocalSource, Sources},
+    verbs::ProposeFailure,
+};
+
+/// How long a new member waits until the cluster counts its vote.
+const ADMISSION_WAIT: Duration = Duration::from_secs(30);
+
+/// How long a planned stop may take before the process ends anyway: stopping services has its own
+/// bounds, this is the last one.
+const STOP_WAIT: Duration = Duration::from_secs(30);
+
+/// How long a leaving leader waits for another one.
+const HAND_OVER_WAIT: Duration = Duration::from_secs(5);
+
+/// A running member.
+pub(crate) struct Cluster {
+    id: ClusterId,
+    me: NodeId,
+    cluster_name: String,
+    control: Arc<RaftControl>,
+    rpc: Arc<RpcClient>,
+    inbox: NodeInbox,
+    volumes: Volumes,
+    local: LocalSource,
+    ca: Option<relevo_transport::Fingerprint>,
+    events: Arc<Events>,
+    shutdown_done: watch::Receiver<bool>,
+    /// Ends with the membership.
+    held: Mutex<Option<Held>>,
+}
+
+/// What must be ended, in this order.
+struct Held {
+    tasks: JoinSet<()>,
+    server: RpcServer,
+    node_thread: thread::JoinHandle<()>,
+}
+
+impl Cluster {
+    /// Starts everything; with a `first` command, begins the cluster's control log with it.
+    pub(crate) async fn start(
+        places: Places,
+        files: MemberFiles,
+        options: &DaemonOptions,
+        events: Arc<Events>,
+        runtime: Handle,
+        first: Option<Command>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let me = files.member.node;
+        let timing = files.node.sensitivity.timing();
+        let spec = &files.node.spec;
+        let data_node = spec.kind == NodeKind::Data;
+        let facts = places.facts().context("read what this node promised")?;
+        private_dir(&places.nbd_dir())?;
+
+        let (inbox, inputs) = node_loop::inbox(heartbeat_sockets(&files)?);
+        let rpc = Arc::new(RpcClient::new(
+            Arc::clone(&files.identity),
+            RpcConfig::for_timing(&timing),
+        )?);
+        let control_config = RaftControlConfig {
+            directory: places.control_dir(),
+            me,
+            timing,
+        };
+        let peers = Arc::new(ControlPeers::new(Arc::clone(&rpc), &timing));
+        let control = RaftControl::open(control_config, peers)
+            .await
+            .context("open the control log")?;
+        let control = Arc::new(control);
+        if let Some(command) = first {
+            control.bootstrap(command).await?;
+        }
+
+        let instance = Instance(random::nonzero_u64()?);
+        let replicas = places.replicas().load()?.unwrap_or_default();
+        let volumes = Volumes::new(VolumesContext {
+            cluster: files.member.cluster,
+            me,
+            instance,
+            timing,
+            pool_dir: options.pool_dir.clone(),
+            device_dir: (data_node && options.devices).then(|| options.device_dir.clone()),
+            nbd_dir: places.nbd_dir(),
+            nbd_listen: options.nbd_listen,
+            store: places.replicas(),
+            replicas: replicas.clone(),
+            control: Arc::clone(&control),
+            inbox: inbox.clone(),
+            events: Arc::clone(&events),
+            runtime: runtime.clone(),
+        });
+        let (failures, failed) = mpsc::channel(FAILURE_QUEUE);
+        let keeper = AddressKeeper::start(failures.clone()).map_err(|e| anyhow::anyhow!("{e}"))?;
+        let runner = PartRunner::new(PartContext {
+            node_name: spec.name.clone(),
+            log_directory: places.log_dir(),
+            keeper: keeper.clone(),
+            exports: Arc::new(volumes.clone()),
+            failures,
+        });
+        let parts = Parts::new(runner, inbox.clone(), failed, runtime.clone());
+        let local = LocalSource::new(
+            volumes.clone(),
+            parts.clone(),
+            inbox.clone(),
+            control.state(),
+        );
+
+        let mut tasks = JoinSet::new();
+        let admitter = files.ca.as_ref().map(|ca| Admitter {
+            ca: Arc::clone(ca),
+            heartbeat_key: files.node.heartbeat_key,
+        });
+        let handler = Handler {
+            control: Arc::clone(&control),
+            inbox: inbox.clone(),
+            admitter,
+            local: local.clone(),
+        };
+        let addresses = |port| -> Vec<SocketAddr> {
+            let paths = spec.paths.iter();
+            paths
+                .map(|path| SocketAddr::new(path.address, port))
+                .collect()
+        };
+        let server = RpcServer::bind(
+            &addresses(spec.ports.control),
+            &files.identity,
+            Arc::new(handler),
+        )?;
+        if data_node {
+            links::start(
+                &mut tasks,
+                &addresses(spec.ports.data),
+                &files.identity,
+                &volumes,
+                control.state(),
+            )?;
+        }
+
+        let config = NodeConfig {
+            me,
+            instance,
+            timing,
+            condemned: facts.condemned().to_vec(),
+            local_replicas: replicas.keys().copied().collect(),
+        };
+        let (hands, shutdown_done) = DaemonHands::new(HandsContext {
+            facts,
+            control: Arc::clone(&control),
+            rpc: Arc::clone(&rpc),
+            inbox: inbox.clone(),
+            volumes: volumes.clone(),
+            parts,
+            keeper,
+            events: Arc::clone(&events),
+            timing,
+            runtime: runtime.clone(),
+        })?;
+        let node_thread = node_loop::start(inputs, config, hands)?;
+        tasks.spawn(feed_states(
+            control.state(),
+            inbox.clone(),
+            Arc::clone(&rpc),
+        ));
+        tasks.spawn(feed_leaders(control.leader(), inbox.clone()));
+        events.add(
+            EventLevel::Info,
+            EventKind::Daemon,
+            "",
+            &format!(
+                "started as node {} of cluster {}",
+                spec.name, files.node.cluster_name
+            ),
+        );
+        Ok(Arc::new(Self {
+            id: files.member.cluster,
+            me,
+            cluster_name: files.node.cluster_name.clone(),
+            control,
+            rpc,
+            inbox,
+            volumes,
+            local,
+            ca: files.ca.as_ref().map(|ca| ca.fingerprint()),
+            events,
+            shutdown_done,
+            held: Mutex::new(Some(Held {
+                tasks,
+                server,
+                node_thread,
+            })),
+        }))
+    }
+
+    pub(crate) const fn me(&self) -> NodeId {
+        self.me
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.cluster_name
+    }
+
+    pub(crate) fn state(&self) -> Arc<ClusterState> {
+        self.control.state().borrow().clone()
+    }
+
+    pub(crate) fn states(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.control.state()
+    }
+
+    pub(crate) async fn propose(&self, command: Command) -> Result<Outcome, ProposeFailure> {
+        self.control.propose(command).await.map_err(|e| match e {
+            ProposeError::Rejected(rejection) => ProposeFailure::Rejected(rejection),
+            other => ProposeFailure::Lost(other.to_string()),
+        })
+    }
+
+    /// A token with a new secret, and the hash under which the control log shall know it.
+    pub(crate) fn new_token(
+        &self,
+        kind: Option<NodeKind>,
+        expires_unix_s: u64,
+    ) -> Result<(String, String), ApiError> {
+        let what = "no token was made";
+        let Some(ca) = self.ca else {
+            return Err(ApiError::new(
+                ErrorKind::Refused,
+                what,
+                "a witness can't admit nodes",
+                "ask for the token on a data node",
+            ));
+        };
+        let token = Token::generate(self.id, ca, self.token_addresses(), kind, expires_unix_s)
+            .map_err(|e| ApiError::new(ErrorKind::Internal, what, e.to_string(), ""))?;
+        Ok((token.to_string(), token.hash()))
+    }
+
+    /// Control addresses of the nodes that can admit, this one first.
+    fn token_addresses(&self) -> Vec<SocketAddr> {
+        let state = self.state();
+        let mut nodes: Vec<_> = state
+            .nodes
+            .values()
+            .filter(|node| node.spec.kind == NodeKind::Data)
+            .collect();
+        nodes.sort_by_key(|node| node.id != self.me);
+        nodes
+            .into_iter()
+            .flat_map(relevo_types::cluster::Node::control_addresses)
+            .take(TOKEN_ADDRESSES)
+            .collect()
+    }
+
+    /// Waits until the cluster counts this node's vote.
+    pub(crate) async fn await_admission(&self) -> Result<(), ApiError> {
+        let mut states = self.states();
+        let admitted =
+            states.wait_for(|state| state.nodes.get(&self.me).is_some_and(|node| node.voter));
+        match tokio::time::timeout(ADMISSION_WAIT, admitted).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(ApiError::new(
+                ErrorKind::Unavailable,
+                "this machine joined, but has no vote yet",
+                format!(
+                    "the leader of the control log did not reach it within {} s",
+                    ADMISSION_WAIT.as_secs()
+                ),
+                "check that the members can reach this machine's ports; it goes on trying by itself",
+            )),
+        }
+    }
+
+    /// Takes this node out of the control log.
+    pub(crate) async fn leave(&self, what: &str) -> Result<(), ApiError> {
+        self.check_leave(self.me, what)?;
+        self.propose(Command::RemoveNode { node: self.me })
+            .await
+            .map_err(|e| e.explain(what))?;
+        // A leader takes itself out of the group last; without it the others would have to
+        // find out by its silence.
+        let mut leader = self.control.leader();
+        let handed_over = leader.wait_for(|leader| *leader != Some(self.me));
+        if tokio::time::timeout(HAND_OVER_WAIT, handed_over)
+            .await
+            .is_err()
+        {
+            tracing::warn!("leaving while still leader of the control log");
+        }
+        Ok(())
+    }
+
+    /// Ends everything. `in_order`: services are handed over first.
+    pub(crate) async fn stop(&self, in_order: bool) {
+        if in_order {
+            self.inbox.tell(Input::Shutdown);
+            let mut done = self.shutdown_done.clone();
+            if tokio::time::timeout(STOP_WAIT, done.wait_for(|done| *done))
+                .await
+                .is_err()
+            {
+                let text = format!("services did not stop within {} s", STOP_WAIT.as_secs());
+                self.events
+                    .add(EventLevel::Alarm, EventKind::Daemon, "", &text);
+            }
+        }
+        self.volumes.close().await;
+        let held = self
+            .held
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(mut held) = held {
+            self.inbox.stop();
+            held.tasks.shutdown().await;
+            drop(held.server);
+            let joined = tokio::task::spawn_blocking(move || held.node_thread.join().is_ok());
+            if !joined.await.unwrap_or(false) {
+                tracing::error!("the node manager's thread failed");
+            }
+        }
+        self.control.shutdown().await;
+    }
+
+    /// What is going on, as this node sees it and as the others report.
+    pub(crate) async fn status(&self) -> ClusterStatus {
+        let state = self.state();
+        let node = self.inbox.status().await;
+        let reports = status::collect(&self.rpc, &self.local, &state, self.me).await;
+        let leader = *self.control.leader().borrow();
+        status::compose(&Sources {
+            state: &state,
+            me: self.me,
+            leader,
+            observed: node.as_ref(),
+            reports: &reports,
+            now: relevo_host::clock::now(),
+            now_unix_ms: unix_ms(),
+        })
+    }
+
+    /// What a service is doing, as far as this node knows without asking.
+    pub(crate) async fn service_state(&self, service: ServiceId) -> ServiceState {
+        let state = self.state();
+        let node = self.inbox.status().await;
+        status::service_state(&state, node.as_ref(), service)
+    }
+
+    /// Waits until this node's replica is open as primary.
+    pub(crate) async fn await_open(&self, volume: VolumeId, what: &str) -> Result<(), ApiError> {
+        self.volumes.await_open(volume).await.map_err(|why| {
+            ApiError::new(
+                ErrorKind::Unavailable,
+                what,
+                why,
+                "`relevo status` shows what it waits for; it opens by itself when it can",
+            )
+        })
+    }
+
+    /// Waits a moment until this node's replica of a new volume is attached, so that what
+    /// follows a `volume create` finds it in place. Not an error when it is late: `status` tells.
+    pub(crate) async fn await_replicas_attached(&self, volume: VolumeId) {
+        self.volumes.await_attached(volume).await;
+    }
+
+    pub(crate) async fn export_by_hand(&self, volume: VolumeId) -> Result<PathBuf, String> {
+        self.volumes.export_by_hand(volume).await
+    }
+
+    pub(crate) async fn end_export_by_hand(&self, volume: VolumeId) -> Result<(), String> {
+        self.volumes.end_export_by_hand(volume).await
+    }
+
+    /// Tells the engine to step down.
+    pub(crate) fn demote(&self, volume: VolumeId) -> Result<(), String> {
+        self.volumes.demote(volume)
+    }
+}
+
+/// Addresses in a token: every path of the data nodes of a usual cluster.
+const TOKEN_ADDRESSES: usize = 8;
+
+fn heartbeat_sockets(files: &MemberFiles) -> anyhow::Result<HeartbeatSockets> {
+    let spec = &files.node.spec;
+    let key = HeartbeatKey::new(&files.node.heartbeat_key);
+    let sockets: Result<Vec<_>, _> = spec
+        .paths
+        .iter()
+        .map(|path| {
+            let address = SocketAddr::new(path.address, spec.ports.heartbeat);
+            HeartbeatSocket::bind(&path.name, address, files.member.cluster, key.clone())
+        })
+        .collect();
+    Ok(HeartbeatSockets::new(sockets?)?)
+}
+
+async fn feed_states(
+    mut states: watch::Receiver<Arc<ClusterState>>,
+    inbox: NodeInbox,
+    rpc: Arc<RpcClient>,
+) {
+    loop {
+        let state = states.borrow_and_update().clone();
+        if !state.nodes.is_empty() {
+            rpc.set_peers(&control_addresses(&state));
+            inbox.tell(Input::State(state));
+        }
+        if states.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn feed_leaders(mut leaders: watch::Receiver<Option<NodeId>>, inbox: NodeInbox) {
+    loop {
+        let leader = *leaders.borrow_and_update();
+        inbox.tell(Input::Leader(leader));
+        if leaders.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! Connections between replicas: the node with the lower id dials, the other one listens.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use relevo_transport::{
+    DataListener, EstablishedLink, Identity, LinkAdmission, datalink::LinkDialer,
+};
+use relevo_types::{NodeId, VolumeId, cluster::ClusterState};
+use tokio::{runtime::Handle, sync::watch, task::JoinSet};
+
+use super::volumes::{Volumes, lock};
+
+/// An address that does not answer in this time is passed by: a cut cable is found out on the
+/// preferred path first, and the other path must take over well within the dead time.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
+
+/// First and longest pause between two tries: back within a moment after a short loss, quiet while
+/// a peer is down.
+const BACKOFF_FIRST: Duration = Duration::from_millis(20);
+const BACKOFF_MOST: Duration = Duration::from_millis(500);
+
+/// Dials peers. One task for each volume and peer at a time.
+#[derive(Clone)]
+pub(crate) struct Dialer {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    me: NodeId,
+    dialer: LinkDialer,
+    volumes: Volumes,
+    states: watch::Receiver<Arc<ClusterState>>,
+    dialing: Mutex<BTreeSet<(VolumeId, NodeId)>>,
+    runtime: Handle,
+}
+
+/// Listens on the data port, and dials from now on.
+pub(crate) fn start(
+    tasks: &mut JoinSet<()>,
+    addresses: &[SocketAddr],
+    identity: &Arc<Identity>,
+    volumes: &Volumes,
+    states: watch::Receiver<Arc<ClusterState>>,
+) -> io::Result<()> {
+    let me = identity.node();
+    let known = states.clone();
+    let admission: LinkAdmission =
+        Arc::new(move |peer, volume| admit(&known.borrow(), me, peer, volume));
+    let mut listener = DataListener::bind(addresses, identity, admission)?;
+    let accepting = volumes.clone();
+    tasks.spawn(async move {
+        while let Some(link) = listener.accept().await {
+            accepting.link(link);
+        }
+    });
+    let dialer = LinkDialer::new(Arc::clone(identity)).map_err(io::Error::other)?;
+    volumes.set_dialer(Dialer {
+        inner: Arc::new(Inner {
+            me,
+            dialer,
+            volumes: volumes.clone(),
+            states,
+            dialing: Mutex::default(),
+            runtime: Handle::current(),
+        }),
+    });
+    Ok(())
+}
+
+/// Both must have a replica of the volume.
+fn admit(state: &ClusterState, me: NodeId, peer: NodeId, volume: VolumeId) -> Result<(), String> {
+    let Some(known) = state.volumes.get(&volume) else {
+        return Err(format!("volume {volume} is not known here"));
+    };
+    for node in [me, peer] {
+        if !known.replicas.contains_key(&node) {
+            return Err(format!(
+                "node {node} has no replica of volume {}",
+                known.name
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Dialer {
+    /// There should be a link. Does not wait.
+    pub(crate) fn want(&self, volume: VolumeId, peer: NodeId) {
+        let inner = &self.inner;
+        if inner.me >= peer || !lock(&inner.dialing).insert((volume, peer)) {
+            return;
+        }
+        let inner = Arc::clone(inner);
+        inner.runtime.clone().spawn(async move {
+            let link = dial(&inner, volume, peer).await;
+            // Before the link is handed over: if it breaks at once, it is dialed again at once.
+            lock(&inner.dialing).remove(&(volume, peer));
+            if let Some(link) = link {
+                inner.volumes.link(link);
+            }
+        });
+    }
+}
+
+/// Dials until there is a link, or none is wanted any more.
+async fn dial(inner: &Inner, volume: VolumeId, peer: NodeId) -> Option<EstablishedLink> {
+    let mut pause = BACKOFF_FIRST;
+    loop {
+        let addresses = {
+            let state = inner.states.borrow();
+            if admit(&state, inner.me, peer, volume).is_err() {
+                return None;
+            }
+            state
+                .nodes
+                .get(&peer)
+                .map(relevo_types::cluster::Node::data_addresses)
+                .unwrap_or_default()
+        };
+        // Detached meanwhile.
+        inner.volumes.shared.live(volume)?;
+        match inner
+            .dialer
+            .dial(peer, &addresses, volume, CONNECT_TIMEOUT)
+            .await
+        {
+            Ok(link) => return Some(link),
+            Err(error) => tracing::debug!(%error, %volume, "no data link yet"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(BACKOFF_MOST);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use relevo_types::{
+        LineageId, Sensitivity,
+        cluster::{Command, JoinToken, NodeKind, NodePath, NodeSpec, Ports, Protocol, ReplicaSpec},
+    };
+
+    use super::*;
+
+    #[test]
+    fn only_replicas_of_a_volume_get_links() {
+        let spec = |name: &str| NodeSpec {
+            name: name.to_owned(),
+            kind: NodeKind::Data,
+            paths: vec![NodePath {
+                name: "lan".to_owned(),
+                address: "127.0.0.1".parse().unwrap(),
+                replication: false,
+            }],
+            ports: Ports::default(),
+        };
+        let mut state = ClusterState::default();
+        state
+            .apply(&Command::Init {
+                cluster: relevo_types::ClusterId([1; 16]),
+                name: "c".to_owned(),
+                sensitivity: Sensitivity::Normal,
+                node: spec("a"),
+            })
+            .unwrap();
+        for name in ["b", "c"] {
+            let token = JoinToken {
+                kind: None,
+                expires_unix_s: 10,
+            };
+            let hash = name.to_owned();
+            state
+                .apply(&Command::CreateToken {
+                    hash: hash.clone(),
+                    token,
+                })
+                .unwrap();
+            state
+                .apply(&Command::Join {
+                    hash,
+                    now_unix_s: 1,
+                    node: spec(name),
+                })
+                .unwrap();
+        }
+        let replica = |node| ReplicaSpec {
+            node: NodeId(node),
+            protocol: Protocol::C,
+            backing: None,
+            force: false,
+        };
+        state
+            .apply(&Command::CreateVolume {
+                name: "v".to_owned(),
+                size: 4096,
+                lineage: LineageId(7),
+                replicas: vec![replica(1), replica(2)],
+            })
+            .unwrap();
+        assert_eq!(admit(&state, NodeId(1), NodeId(2), VolumeId(1)), Ok(()));
+        assert!(admit(&state, NodeId(1), NodeId(3), VolumeId(1)).is_err());
+        assert!(admit(&state, NodeId(1), NodeId(2), VolumeId(2)).is_err());
+    }
+}

@@ -1,0 +1,633 @@
+//! The thread that works for one volume: it makes, opens, closes and removes the replica, and
+//! carries messages between the data thread and the node manager.
+//!
+//! What it does may wait for a disk, so every volume has its own. The others leave their wishes
+//! in a mailbox that holds the newest of each kind: it is bounded without ever being full.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use relevo_control::ControlLog as _;
+use relevo_datapath::{DatapathEvent, NbdAddress, VolumeHandle, VolumeThread, VolumeThreadConfig};
+use relevo_disk::{NewReplica, create_replica, remove_replica};
+use relevo_node::{Input, VolumeOrder};
+use relevo_replication::{DiskState, EngineStatus, VolumeEvent};
+use relevo_transport::EstablishedLink;
+use relevo_types::{
+    NodeId, Time, VolumeId,
+    cluster::{Command, ReplicaSpec, Volume},
+};
+use tokio::sync::Semaphore;
+
+use super::volumes::{Live, Shared};
+use crate::{
+    api::{EventKind, EventLevel},
+    local_store::LocalReplica,
+    state_dir::private_dir,
+};
+
+/// How often the engine's status is looked at when nothing happens.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// How often right after something happened, when more is likely to follow.
+const LOOK_SOON: Duration = Duration::from_millis(10);
+
+/// How many of these short looks follow an event.
+const SOON_LOOKS: u32 = 20;
+
+/// Events of the engine that may wait. They are changes of state, a few per failure; of more the
+/// oldest is dropped.
+const EVENTS_MAX: usize = 256;
+
+/// Proposals of one engine under way. It proposes again while it needs it, so more are dropped.
+const PROPOSALS_MAX: usize = 4;
+
+/// How long a status may lag behind an event; a turn of the data thread takes microseconds.
+const STATUS_WAIT: Duration = Duration::from_millis(200);
+
+/// How often it is looked at meanwhile.
+const STATUS_STEP: Duration = Duration::from_micros(100);
+
+/// How long a detach may take: the flush of a slow disk.
+const DETACH_WAIT: Duration = Duration::from_secs(10);
+
+/// What others want of a volume: the newest wish of each kind.
+#[derive(Default)]
+struct Wishes {
+    create: Option<(ReplicaSpec, Arc<Volume>)>,
+    config: Option<Arc<Volume>>,
+    lease: Option<Time>,
+    links: BTreeMap<NodeId, EstablishedLink>,
+    demote: bool,
+    remove: bool,
+    close: bool,
+    /// With the moment at which each was told.
+    events: VecDeque<(Time, VolumeEvent)>,
+    died: Option<String>,
+    closed: bool,
+}
+
+/// Where others leave what they want of a volume. Nothing here waits but [`Self::wait_closed`].
+pub(crate) struct Mailbox {
+    wishes: Mutex<Wishes>,
+    changed: Condvar,
+}
+
+impl Mailbox {
+    pub(crate) fn order(&self, order: VolumeOrder) {
+        let mut wishes = self.lock();
+        match order {
+            VolumeOrder::Config(volume) => wishes.config = Some(volume),
+            VolumeOrder::Demote => wishes.demote = true,
+            VolumeOrder::CreateReplica { spec, volume } => wishes.create = Some((spec, volume)),
+            VolumeOrder::RemoveReplica => wishes.remove = true,
+        }
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn lease(&self, until: Time) {
+        self.lock().lease = Some(until);
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn link(&self, link: EstablishedLink) {
+        self.lock().links.insert(link.peer, link);
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn close(&self) {
+        self.lock().close = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the replica is closed and the worker ended.
+    pub(crate) fn wait_closed(&self) {
+        let mut wishes = self.lock();
+        while !wishes.closed {
+            wishes = self
+                .changed
+                .wait(wishes)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn event(&self, event: VolumeEvent) {
+        let mut wishes = self.lock();
+        if wishes.events.len() == EVENTS_MAX {
+            wishes.events.pop_front();
+        }
+        wishes.events.push_back((relevo_host::clock::now(), event));
+        self.changed.notify_all();
+    }
+
+    fn died(&self, reason: String) {
+        self.lock().died = Some(reason);
+        self.changed.notify_all();
+    }
+
+    /// Takes everything; waits for `patience` when there is nothing.
+    fn take(&self, patience: Duration) -> Wishes {
+        let wishes = self.lock();
+        let (mut wishes, _) = self
+            .changed
+            .wait_timeout_while(wishes, patience, |wishes| wishes.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut wishes)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Wishes> {
+        // Only whole values are put in and taken out.
+        self.wishes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wishes {
+    fn is_empty(&self) -> bool {
+        self.lease.is_none()
+            && self.create.is_none()
+            && !self.remove
+            && !self.close
+            && self.died.is_none()
+            && !self.calls_for_attention()
+    }
+
+    /// Whether the engine's status is likely to change now. A lease comes many times a second and
+    /// changes nothing to look at.
+    fn calls_for_attention(&self) -> bool {
+        self.config.is_some() || !self.links.is_empty() || self.demote || !self.events.is_empty()
+    }
+}
+
+/// Starts the worker of a volume.
+pub(crate) fn start(volume: VolumeId, shared: Arc<Shared>) -> std::io::Result<Arc<Mailbox>> {
+    let mailbox = Arc::new(Mailbox {
+        wishes: Mutex::default(),
+        changed: Condvar::new(),
+    });
+    let worker = Worker {
+        volume,
+        shared,
+        mailbox: Arc::clone(&mailbox),
+        handle: None,
+        links: BTreeMap::new(),
+        told: None,
+        soon: 0,
+        proposals: Arc::new(Semaphore::new(PROPOSALS_MAX)),
+    };
+    thread::Builder::new()
+        .name(format!("relevo-{volume}w"))
+        .spawn(move || worker.run())?;
+    Ok(mailbox)
+}
+
+struct Worker {
+    volume: VolumeId,
+    shared: Arc<Shared>,
+    mailbox: Arc<Mailbox>,
+    handle: Option<VolumeHandle>,
+    /// Links that came before the replica was open.
+    links: BTreeMap<NodeId, EstablishedLink>,
+    /// What the node manager was told last.
+    told: Option<EngineStatus>,
+    /// Short looks that are left.
+    soon: u32,
+    proposals: Arc<Semaphore>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        loop {
+            let patience = if self.soon > 0 {
+                LOOK_SOON
+            } else {
+                LOOK_INTERVAL
+            };
+            let wishes = self.mailbox.take(patience);
+            self.soon = if wishes.calls_for_attention() {
+                SOON_LOOKS
+            } else {
+                self.soon.saturating_sub(1)
+            };
+            if let Some((spec, volume)) = wishes.create {
+                self.create(&spec, &volume);
+            }
+            if let Some(volume) = wishes.config {
+                self.configure(volume);
+            }
+            // A peer may be quicker to open its replica than we are.
+            self.links.extend(wishes.links);
+            if let Some(handle) = &self.handle {
+                // A thread that has ended said so by an event.
+                if let Some(until) = wishes.lease {
+                    let _gone = handle.lease_until(until);
+                }
+                while let Some((_, link)) = self.links.pop_first() {
+                    let _gone = handle.link(link);
+                }
+                if wishes.demote {
+                    let _gone = handle.demote();
+                }
+            }
+            for (at, event) in wishes.events {
+                self.wait_for_status_of(at);
+                self.pass_on(Some(event));
+            }
+            if let Some(reason) = wishes.died {
+                self.thread_died(&reason);
+            }
+            self.pass_on(None);
+            if wishes.remove {
+                self.remove();
+                self.shared.forget(self.volume);
+            }
+            if wishes.close {
+                self.close();
+            }
+            if wishes.remove || wishes.close {
+                self.mailbox.lock().closed = true;
+                self.mailbox.changed.notify_all();
+                return;
+            }
+        }
+    }
+
+    fn create(&mut self, spec: &ReplicaSpec, volume: &Volume) {
+        let result = self.try_create(spec, volume);
+        if let Err(why) = &result {
+            self.event(
+                EventLevel::Warning,
+                &volume.name,
+                &format!("its replica was not created here: {why}"),
+            );
+        }
+        self.shared.inbox.tell(Input::ReplicaCreated {
+            volume: self.volume,
+            result,
+        });
+    }
+
+    fn try_create(&self, spec: &ReplicaSpec, volume: &Volume) -> Result<(), String> {
+        let ours = spec.backing.is_none();
+        let backing = match &spec.backing {
+            Some(path) => path.clone(),
+            None => {
+                let pool = self.shared.pool_dir();
+                private_dir(pool).map_err(|e| {
+                    format!(
+                        "the pool directory {} can't be made: {e}; make it, or name another with --pool-dir",
+                        pool.display()
+                    )
+                })?;
+                self.shared.pool_file(self.volume, &volume.name)
+            }
+        };
+        let slot = volume
+            .slot(self.shared.me)
+            .ok_or("the volume has no replica on this node")?;
+        // Remembered first: a crash in between leaves a note without a file, which is harmless,
+        // and never a file that nobody knows.
+        let replica = LocalReplica {
+            name: volume.name.clone(),
+            backing: backing.clone(),
+            ours,
+        };
+        self.shared.remember(self.volume, Some(replica))?;
+        let created = create_replica(&NewReplica {
+            path: &backing,
+            replica: relevo_format::Replica {
+                identity: self.identity(),
+                slot,
+                lineage: volume.lineage,
+            },
+            data_size: volume.size,
+            force: spec.force,
+        });
+        created.map_err(|error| {
+            if let Err(why) = self.shared.remember(self.volume, None) {
+                tracing::warn!(why, "a replica that was not made is still noted");
+            }
+            error.to_string()
+        })
+    }
+
+    /// Opens the replica at the first configuration, and hands every one to the engine.
+    fn configure(&mut self, volume: Arc<Volume>) {
+        if self.handle.is_none() {
+            match self.open(&volume) {
+                Ok(live) => {
+                    self.handle = Some(live.handle.clone());
+                    self.shared.set_live(self.volume, Some(live));
+                    if let Some(handle) = &self.handle {
+                        let _gone = handle.lease_until(self.shared.lease());
+                    }
+                }
+                Err(why) => {
+                    let text = format!("its replica here can't be opened: {why}");
+                    self.event(EventLevel::Alarm, &volume.name, &text);
+                    self.shared.set_trouble(self.volume, &why);
+                    self.disk_failed(why);
+                }
+            }
+        }
+        if let Some(handle) = &self.handle {
+            let _gone = handle.config(volume);
+        }
+    }
+
+    fn open(&self, volume: &Volume) -> Result<Live, String> {
+        let backing = self.shared.replica(self.volume).map_or_else(
+            || self.shared.pool_file(self.volume, &volume.name),
+            |replica| replica.backing,
+        );
+        let config = VolumeThreadConfig {
+            engine: self.shared.engine_config(self.volume),
+            name: volume.name.clone(),
+            backing: backing.clone(),
+            driver: self.shared.driver.clone(),
+        };
+        let events = DataEvents {
+            volume: self.volume,
+            shared: Arc::clone(&self.shared),
+            mailbox: Arc::clone(&self.mailbox),
+            proposals: Arc::clone(&self.proposals),
+        };
+        let handle = VolumeThread::spawn(config, move |event| events.take(event))
+            .map_err(|e| e.to_string())?;
+        let nbd = self.shared.nbd_socket(&volume.name);
+        if let Err(error) = handle.listen_nbd(NbdAddress::Unix(nbd.clone())) {
+            let text = format!("NBD clients can't reach it at {}: {error}", nbd.display());
+            self.event(EventLevel::Warning, &volume.name, &text);
+        }
+        match self.shared.nbd_tcp(self.volume) {
+            None => {}
+            Some(address) => {
+                if let Err(error) = address.and_then(|address| handle.listen_nbd(address)) {
+                    let text = format!("NBD clients can't reach it over TCP: {error}");
+                    self.event(EventLevel::Warning, &volume.name, &text);
+                }
+            }
+        }
+        Ok(Live {
+            name: volume.name.clone(),
+            size: volume.size,
+            backing,
+            handle,
+            nbd,
+            remark: None,
+            waiting_since_unix_ms: None,
+            progress: BTreeMap::new(),
+        })
+    }
+
+    /// Tells the node manager of an event, or of a status that differs from what it knows.
+    fn pass_on(&mut self, event: Option<VolumeEvent>) {
+        let Some(handle) = &self.handle else {
+            return;
+        };
+        let status = handle.status().engine;
+        self.shared.observe(self.volume, &status);
+        match &event {
+            Some(VolumeEvent::DiskFailed { reason }) => {
+                self.shared.set_remark(self.volume, Some(reason.clone()));
+            }
+            Some(VolumeEvent::Attached { remark, .. }) => {
+                self.shared.set_remark(self.volume, remark.clone());
+            }
+            Some(
+                VolumeEvent::Opened { .. }
+                | VolumeEvent::Closed { .. }
+                | VolumeEvent::Detached
+                | VolumeEvent::Peer { .. },
+            ) => {}
+            None if self
+                .told
+                .as_ref()
+                .is_some_and(|told| same_to_a_person(told, &status)) =>
+            {
+                return;
+            }
+            None => {}
+        }
+        if let Some(event) = &event {
+            self.tell_people(event);
+        }
+        self.told = Some(status.clone());
+        self.shared.inbox.tell(Input::Volume {
+            volume: self.volume,
+            event,
+            status,
+        });
+    }
+
+    /// Waits until the status is newer than an event: the data thread tells of an event in the
+    /// middle of a turn and publishes its status at the end. An older status with the event would
+    /// contradict it.
+    fn wait_for_status_of(&self, event_at: Time) {
+        let Some(handle) = &self.handle else {
+            return;
+        };
+        let deadline = event_at + STATUS_WAIT;
+        loop {
+            let status = handle.status();
+            let now = relevo_host::clock::now();
+            if status.as_of >= event_at || !status.alive || now >= deadline {
+                return;
+            }
+            thread::sleep(STATUS_STEP);
+        }
+    }
+
+    fn tell_people(&self, event: &VolumeEvent) {
+        let (level, text) = match event {
+            VolumeEvent::Attached { clean, remark } => {
+                let how = if *clean { "" } else { " after an unclean stop" };
+                match remark {
+                    None => (EventLevel::Info, format!("attached{how}")),
+                    Some(remark) => (EventLevel::Warning, format!("attached{how}: {remark}")),
+                }
+            }
+            VolumeEvent::Detached => (EventLevel::Info, "detached".to_owned()),
+            VolumeEvent::DiskFailed { reason } => {
+                (EventLevel::Alarm, format!("its disk here failed: {reason}"))
+            }
+            VolumeEvent::Opened { epoch } => (
+                EventLevel::Info,
+                format!("open here as primary at epoch {epoch}"),
+            ),
+            VolumeEvent::Closed { reason } => (EventLevel::Info, format!("closed here: {reason}")),
+            VolumeEvent::Peer { node, state } => {
+                let node = self.shared.control.state().borrow().node_name(*node);
+                (EventLevel::Info, format!("replica on {node}: {state:?}"))
+            }
+        };
+        let name = self.name();
+        self.event(level, &name, &text);
+    }
+
+    fn thread_died(&mut self, reason: &str) {
+        let why = format!(
+            "the volume's thread failed: {reason}; this is a defect of Relevo: report it, and restart the daemon to use this replica again"
+        );
+        let name = self.name();
+        self.event(EventLevel::Alarm, &name, &why);
+        self.handle = None;
+        self.shared.set_trouble(self.volume, &why);
+        self.disk_failed(why);
+    }
+
+    fn disk_failed(&mut self, reason: String) {
+        let mut status = self.told.take().unwrap_or_else(no_status);
+        status.open = false;
+        status.disk = DiskState::Failed;
+        self.shared.inbox.tell(Input::Volume {
+            volume: self.volume,
+            event: Some(VolumeEvent::DiskFailed { reason }),
+            status,
+        });
+    }
+
+    /// Detaches in order and ends the data thread.
+    fn close(&mut self) {
+        self.shared.exports.drop_by_force(self.volume);
+        let Some(handle) = self.handle.take() else {
+            return;
+        };
+        if handle.detach().is_ok() {
+            self.wait_detached(&handle);
+        }
+        self.shared.set_live(self.volume, None);
+        if !handle.stop() {
+            tracing::error!(volume = %self.volume, "the volume's thread did not end");
+        }
+    }
+
+    fn wait_detached(&self, handle: &VolumeHandle) {
+        let deadline = relevo_host::clock::now() + DETACH_WAIT;
+        loop {
+            let status = handle.status();
+            let over = !status.alive
+                || matches!(status.engine.disk, DiskState::Diskless | DiskState::Failed);
+            if over {
+                return;
+            }
+            if relevo_host::clock::now() >= deadline {
+                tracing::warn!(volume = %self.volume, "the volume did not detach in time");
+                return;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The volume is gone from the cluster: its replica here goes too.
+    fn remove(&mut self) {
+        let name = self.name();
+        self.close();
+        let Some(replica) = self.shared.replica(self.volume) else {
+            return;
+        };
+        match remove_replica(&replica.backing, &self.identity()) {
+            Ok(()) => self.event(
+                EventLevel::Info,
+                &name,
+                &format!("its replica {} was removed", replica.backing.display()),
+            ),
+            Err(error) => self.event(
+                EventLevel::Warning,
+                &name,
+                &format!("its replica was not removed: {error}"),
+            ),
+        }
+        if let Err(why) = self.shared.remember(self.volume, None) {
+            tracing::warn!(why, "a removed replica is still noted");
+        }
+    }
+
+    fn identity(&self) -> relevo_format::Identity {
+        relevo_format::Identity {
+            cluster: self.shared.cluster,
+            volume: self.volume,
+            node: self.shared.me,
+        }
+    }
+
+    fn name(&self) -> String {
+        self.shared
+            .replica(self.volume)
+            .map_or_else(|| self.volume.to_string(), |replica| replica.name)
+    }
+
+    fn event(&self, level: EventLevel, name: &str, text: &str) {
+        self.shared.events.add(level, EventKind::Volume, name, text);
+    }
+}
+
+/// What the data thread tells. Called on that thread: nothing here waits.
+struct DataEvents {
+    volume: VolumeId,
+    shared: Arc<Shared>,
+    mailbox: Arc<Mailbox>,
+    proposals: Arc<Semaphore>,
+}
+
+impl DataEvents {
+    fn take(&self, event: DatapathEvent) {
+        match event {
+            DatapathEvent::Volume(event) => self.mailbox.event(event),
+            DatapathEvent::Died { reason } => self.mailbox.died(reason),
+            DatapathEvent::Propose { expect, change } => {
+                let Ok(permit) = Arc::clone(&self.proposals).try_acquire_owned() else {
+                    return;
+                };
+                let control = Arc::clone(&self.shared.control);
+                let command = Command::Volume {
+                    volume: self.volume,
+                    expect,
+                    change,
+                };
+                self.shared.runtime.spawn(async move {
+                    // Whatever comes of it arrives as a configuration.
+                    if let Err(error) = control.propose(command).await {
+                        tracing::debug!(%error, "a proposal of an engine");
+                    }
+                    drop(permit);
+                });
+            }
+            DatapathEvent::LinkLost { peer, reason } => {
+                tracing::info!(volume = %self.volume, %peer, reason, "a data link ended");
+                self.dial(peer);
+            }
+            DatapathEvent::WantLink { peer } => self.dial(peer),
+        }
+    }
+
+    fn dial(&self, peer: NodeId) {
+        if let Some(dialer) = self.shared.dialer() {
+            dialer.want(self.volume, peer);
+        }
+    }
+}
+
+/// Whether a person or the planner would see a difference.
+fn same_to_a_person(a: &EngineStatus, b: &EngineStatus) -> bool {
+    a.open == b.open
+        && a.disk == b.disk
+        && a.certain == b.certain
+        && a.epoch == b.epoch
+        && a.waiting == b.waiting
+}
+
+fn no_status() -> EngineStatus {
+    EngineStatus {
+        open: false,
+        disk: DiskState::Attaching,
+        epoch: relevo_types::Epoch(0),
+        certain: false,
+        in_flight: 0,
+        waiting: None,
+        peers: BTreeMap::new(),
+    }
+}

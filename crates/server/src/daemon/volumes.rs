@@ -1,0 +1,423 @@
+//! This node's replicas: which there are, who works for each, and what the rest of the daemon may
+//! ask of them.
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use relevo_control::RaftControl;
+use relevo_datapath::{NbdAddress, VolumeHandle, VolumeStatus};
+use relevo_disk::DriverChoice;
+use relevo_node::VolumeOrder;
+use relevo_replication::{DiskState, EngineConfig, EngineStatus};
+use relevo_transport::EstablishedLink;
+use relevo_types::{ClusterId, Instance, NodeId, Time, Timing, VolumeId};
+use tokio::runtime::Handle;
+
+use super::{
+    exports::Exports,
+    links::Dialer,
+    node_loop::NodeInbox,
+    volume_worker::{self, Mailbox},
+};
+use crate::{
+    events::{Events, unix_ms},
+    local_store::{LocalReplica, LocalReplicas, Stored},
+    status::dirty_blocks,
+};
+
+/// How long a person waits for a volume to open after a promotion by hand.
+const OPEN_WAIT: Duration = Duration::from_secs(15);
+
+/// How long `volume create` waits for the first attachment, which takes milliseconds.
+const ATTACH_WAIT: Duration = Duration::from_secs(5);
+
+/// How often these look.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Resync data under way to one peer: two round trips of a fast link.
+const RESYNC_WINDOW: u64 = 16 << 20;
+
+/// What the replicas work with.
+pub(crate) struct VolumesContext {
+    pub(crate) cluster: ClusterId,
+    pub(crate) me: NodeId,
+    pub(crate) instance: Instance,
+    pub(crate) timing: Timing,
+    pub(crate) pool_dir: PathBuf,
+    /// `None`: no block devices.
+    pub(crate) device_dir: Option<PathBuf>,
+    pub(crate) nbd_dir: PathBuf,
+    pub(crate) nbd_listen: Option<SocketAddr>,
+    pub(crate) store: Stored<LocalReplicas>,
+    pub(crate) replicas: LocalReplicas,
+    pub(crate) control: Arc<RaftControl>,
+    pub(crate) inbox: NodeInbox,
+    pub(crate) events: Arc<Events>,
+    pub(crate) runtime: Handle,
+}
+
+/// The replicas of this node.
+#[derive(Clone)]
+pub(crate) struct Volumes {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) cluster: ClusterId,
+    pub(crate) me: NodeId,
+    instance: Instance,
+    timing: Timing,
+    pool_dir: PathBuf,
+    nbd_dir: PathBuf,
+    nbd_listen: Option<SocketAddr>,
+    pub(crate) driver: DriverChoice,
+    store: Stored<LocalReplicas>,
+    replicas: Mutex<LocalReplicas>,
+    pub(crate) control: Arc<RaftControl>,
+    pub(crate) inbox: NodeInbox,
+    pub(crate) events: Arc<Events>,
+    pub(crate) runtime: Handle,
+    pub(crate) exports: Exports,
+    /// Set once the data port listens.
+    dialer: Mutex<Option<Dialer>>,
+    volumes: Mutex<BTreeMap<VolumeId, Known>>,
+    lease: Mutex<Time>,
+}
+
+/// A volume that this node was told about.
+struct Known {
+    mailbox: Arc<Mailbox>,
+    live: Option<Live>,
+    /// Why its backing could not be opened.
+    trouble: Option<String>,
+}
+
+/// A replica whose data thread runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Live {
+    pub(crate) name: String,
+    pub(crate) size: u64,
+    pub(crate) backing: PathBuf,
+    pub(crate) handle: VolumeHandle,
+    pub(crate) nbd: PathBuf,
+    /// What is worth knowing of the last attachment.
+    pub(crate) remark: Option<String>,
+    /// Since when its requests wait for more than the disk.
+    pub(crate) waiting_since_unix_ms: Option<u64>,
+    /// For each peer that is being resynced, the most blocks that it lacked.
+    pub(crate) progress: BTreeMap<NodeId, u64>,
+}
+
+impl Volumes {
+    pub(crate) fn new(context: VolumesContext) -> Self {
+        let shared = Shared {
+            cluster: context.cluster,
+            me: context.me,
+            instance: context.instance,
+            timing: context.timing,
+            pool_dir: context.pool_dir,
+            exports: Exports::new(context.device_dir),
+            nbd_dir: context.nbd_dir,
+            nbd_listen: context.nbd_listen,
+            driver: relevo_disk::probe(),
+            store: context.store,
+            replicas: Mutex::new(context.replicas),
+            control: context.control,
+            inbox: context.inbox,
+            events: context.events,
+            runtime: context.runtime,
+            dialer: Mutex::new(None),
+            volumes: Mutex::default(),
+            lease: Mutex::new(Time::ZERO),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Takes an order of the node manager. Does not wait.
+    pub(crate) fn order(&self, volume: VolumeId, order: VolumeOrder) {
+        if let Some(mailbox) = self.mailbox(volume) {
+            mailbox.order(order);
+        }
+    }
+
+    /// Until when reads may be served. Does not wait.
+    pub(crate) fn lease_until(&self, until: Time) {
+        *lock(&self.shared.lease) = until;
+        for known in lock(&self.shared.volumes).values() {
+            known.mailbox.lease(until);
+        }
+    }
+
+    /// A link that was established. Does not wait.
+    pub(crate) fn link(&self, link: EstablishedLink) {
+        let mailbox = lock(&self.shared.volumes)
+            .get(&link.volume)
+            .map(|known| Arc::clone(&known.mailbox));
+        if let Some(mailbox) = mailbox {
+            mailbox.link(link);
+        }
+    }
+
+    pub(crate) fn set_dialer(&self, dialer: Dialer) {
+        *lock(&self.shared.dialer) = Some(dialer);
+    }
+
+    /// Ends every replica in order, so that the next start finds clean metadata.
+    pub(crate) async fn close(&self) {
+        let mailboxes: Vec<Arc<Mailbox>> = lock(&self.shared.volumes)
+            .values()
+            .map(|known| Arc::clone(&known.mailbox))
+            .collect();
+        let closed = tokio::task::spawn_blocking(move || {
+            for mailbox in &mailboxes {
+                mailbox.close();
+            }
+            for mailbox in &mailboxes {
+                mailbox.wait_closed();
+            }
+        });
+        if closed.await.is_err() {
+            tracing::error!("closing the volumes failed");
+        }
+    }
+
+    /// Waits until this node's replica is open as primary.
+    pub(crate) async fn await_open(&self, volume: VolumeId) -> Result<(), String> {
+        let open = |status: &VolumeStatus| status.engine.open;
+        if self.look_until(volume, OPEN_WAIT, open).await {
+            return Ok(());
+        }
+        let waiting = self
+            .shared
+            .live(volume)
+            .and_then(|live| live.handle.status().engine.waiting);
+        Err(format!(
+            "the volume did not open within {} s{}",
+            OPEN_WAIT.as_secs(),
+            waiting.map_or_else(String::new, |why| format!(": {why}"))
+        ))
+    }
+
+    /// Waits a moment until this node's replica is attached, if it has one.
+    pub(crate) async fn await_attached(&self, volume: VolumeId) {
+        let has_one = lock(&self.shared.replicas).contains_key(&volume);
+        if has_one {
+            let attached = |status: &VolumeStatus| status.engine.disk != DiskState::Attaching;
+            self.look_until(volume, ATTACH_WAIT, attached).await;
+        }
+    }
+
+    async fn look_until(
+        &self,
+        volume: VolumeId,
+        bound: Duration,
+        so: impl Fn(&VolumeStatus) -> bool,
+    ) -> bool {
+        let look = async {
+            while !self
+                .shared
+                .live(volume)
+                .is_some_and(|live| so(&live.handle.status()))
+            {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        tokio::time::timeout(bound, look).await.is_ok()
+    }
+
+    /// Tells the engine to step down.
+    pub(crate) fn demote(&self, volume: VolumeId) -> Result<(), String> {
+        if self.shared.live(volume).is_none() {
+            return Err("its replica is not attached here".to_owned());
+        }
+        self.order(volume, VolumeOrder::Demote);
+        Ok(())
+    }
+
+    /// This node's replicas for `status`.
+    pub(crate) fn local(&self) -> Vec<(VolumeId, Option<Live>, Option<String>)> {
+        lock(&self.shared.volumes)
+            .iter()
+            .map(|(id, known)| (*id, known.live.clone(), known.trouble.clone()))
+            .collect()
+    }
+
+    fn mailbox(&self, volume: VolumeId) -> Option<Arc<Mailbox>> {
+        let mut volumes = lock(&self.shared.volumes);
+        if let Some(known) = volumes.get(&volume) {
+            return Some(Arc::clone(&known.mailbox));
+        }
+        match volume_worker::start(volume, Arc::clone(&self.shared)) {
+            Ok(mailbox) => {
+                mailbox.lease(*lock(&self.shared.lease));
+                let known = Known {
+                    mailbox: Arc::clone(&mailbox),
+                    live: None,
+                    trouble: None,
+                };
+                volumes.insert(volume, known);
+                Some(mailbox)
+            }
+            Err(error) => {
+                tracing::error!(%error, %volume, "no thread for a volume; raise the limit of processes");
+                None
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Volumes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Volumes").finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// The replica whose data thread runs, if it does.
+    pub(crate) fn live(&self, volume: VolumeId) -> Option<Live> {
+        lock(&self.volumes).get(&volume)?.live.clone()
+    }
+
+    pub(crate) fn set_live(&self, volume: VolumeId, live: Option<Live>) {
+        if let Some(known) = lock(&self.volumes).get_mut(&volume) {
+            known.live = live;
+            known.trouble = None;
+        }
+    }
+
+    pub(crate) fn set_trouble(&self, volume: VolumeId, why: &str) {
+        if let Some(known) = lock(&self.volumes).get_mut(&volume) {
+            known.live = None;
+            known.trouble = Some(why.to_owned());
+        }
+    }
+
+    pub(crate) fn set_remark(&self, volume: VolumeId, remark: Option<String>) {
+        if let Some(live) = lock(&self.volumes)
+            .get_mut(&volume)
+            .and_then(|known| known.live.as_mut())
+        {
+            live.remark = remark;
+        }
+    }
+
+    /// Follows the engine for what a single look can't tell: how long, and how much of it.
+    pub(crate) fn observe(&self, volume: VolumeId, status: &EngineStatus) {
+        let mut volumes = lock(&self.volumes);
+        let Some(live) = volumes
+            .get_mut(&volume)
+            .and_then(|known| known.live.as_mut())
+        else {
+            return;
+        };
+        if status.waiting.is_none() {
+            live.waiting_since_unix_ms = None;
+        } else if live.waiting_since_unix_ms.is_none() {
+            live.waiting_since_unix_ms = Some(unix_ms());
+        }
+        live.progress.retain(|node, _| {
+            status
+                .peers
+                .get(node)
+                .copied()
+                .and_then(dirty_blocks)
+                .is_some()
+        });
+        for (node, state) in &status.peers {
+            if let Some(dirty) = dirty_blocks(*state) {
+                let most = live.progress.entry(*node).or_default();
+                *most = dirty.max(*most);
+            }
+        }
+    }
+
+    /// Forgets a volume that was removed.
+    pub(crate) fn forget(&self, volume: VolumeId) {
+        lock(&self.volumes).remove(&volume);
+    }
+
+    pub(crate) fn dialer(&self) -> Option<Dialer> {
+        lock(&self.dialer).clone()
+    }
+
+    pub(crate) fn lease(&self) -> Time {
+        *lock(&self.lease)
+    }
+
+    pub(crate) fn replica(&self, volume: VolumeId) -> Option<LocalReplica> {
+        lock(&self.replicas).get(&volume).cloned()
+    }
+
+    /// Remembers a replica durably, or forgets it.
+    pub(crate) fn remember(
+        &self,
+        volume: VolumeId,
+        replica: Option<LocalReplica>,
+    ) -> Result<(), String> {
+        let mut replicas = lock(&self.replicas);
+        let mut changed = replicas.clone();
+        match replica {
+            Some(replica) => changed.insert(volume, replica),
+            None => changed.remove(&volume),
+        };
+        self.store.save(&changed).map_err(|e| e.to_string())?;
+        *replicas = changed;
+        Ok(())
+    }
+
+    /// Where a replica without a backing of its own is kept.
+    pub(crate) fn pool_file(&self, volume: VolumeId, name: &str) -> PathBuf {
+        // With the id: a new volume may have the name of one whose file could not be removed.
+        self.pool_dir.join(format!("{name}-{volume}"))
+    }
+
+    pub(crate) fn pool_dir(&self) -> &Path {
+        &self.pool_dir
+    }
+
+    pub(crate) fn nbd_socket(&self, name: &str) -> PathBuf {
+        self.nbd_dir.join(format!("{name}.sock"))
+    }
+
+    /// Volume number n is served at the n-th port from the one that was given.
+    pub(crate) fn nbd_tcp(&self, volume: VolumeId) -> Option<std::io::Result<NbdAddress>> {
+        let mut address = self.nbd_listen?;
+        let offset = u16::try_from(volume.0.saturating_sub(1)).ok();
+        let port = offset.and_then(|offset| address.port().checked_add(offset));
+        Some(match port {
+            Some(port) => {
+                address.set_port(port);
+                TcpListener::bind(address).map(NbdAddress::Tcp)
+            }
+            None => Err(std::io::Error::other("there is no such port")),
+        })
+    }
+
+    /// What the engine of a volume is told. A link that owes an answer is given up after the dead
+    /// time; a member that is gone is let go after the same time.
+    pub(crate) fn engine_config(&self, volume: VolumeId) -> EngineConfig {
+        EngineConfig {
+            cluster: self.cluster,
+            volume,
+            node: self.me,
+            instance: self.instance,
+            backing_size: 0,
+            link_timeout: self.timing.dead,
+            ping_interval: self.timing.heartbeat,
+            reconcile_grace: self.timing.suspect,
+            resync_window: RESYNC_WINDOW,
+        }
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each use leaves the value whole, so a panic elsewhere spoils nothing.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

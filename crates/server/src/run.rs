@@ -1,0 +1,105 @@
+//! The life of the daemon's process.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use relevo_control::lock::StateDir;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    DaemonOptions,
+    api::{EventKind, EventLevel, SOCKET_NAME, router::router},
+    app::App,
+    state_dir::{listen, private_dir},
+};
+
+/// Threads for everything that is not the data path and not membership. What blocks runs
+/// elsewhere, so two are enough, and each costs memory.
+const RUNTIME_THREADS: usize = 2;
+
+/// Threads for calls that block (devices, mounts): they are rare, and each costs memory.
+const BLOCKING_THREADS: usize = 8;
+
+/// How long such a thread is kept for the next call.
+const BLOCKING_KEPT: Duration = Duration::from_secs(2);
+
+/// How long calls under way at the end may take to get their answers.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
+
+/// Runs the daemon until it is told to stop by SIGTERM or SIGINT, and hands everything over
+/// before it ends.
+///
+/// # Errors
+/// It could not start. The text says why and what to do.
+pub fn run(options: &DaemonOptions) -> anyhow::Result<()> {
+    start_log(&options.log_level)?;
+    if options.die_with_parent {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+            .context("ask to end with the parent process")?;
+    }
+    private_dir(&options.state_dir).with_context(|| {
+        format!(
+            "the state directory {} can't be made; name one that can with --state-dir",
+            options.state_dir.display()
+        )
+    })?;
+    let state_dir = StateDir::lock(&options.state_dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(BLOCKING_KEPT)
+        .thread_name("relevo-rt")
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let result = runtime.block_on(serve(options, &state_dir));
+    runtime.shutdown_timeout(LAST_ANSWERS);
+    result
+}
+
+async fn serve(options: &DaemonOptions, state_dir: &StateDir) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let path = state_dir.path().canonicalize()?;
+    let app = Arc::new(App::new(
+        options.clone(),
+        &path,
+        tokio::runtime::Handle::current(),
+    ));
+    app.resume().await?;
+    let socket = path.join(SOCKET_NAME);
+    let listener = listen(&socket)
+        .with_context(|| format!("can't listen on the socket {}", socket.display()))?;
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    let server = tokio::spawn(axum::serve(listener, router(Arc::clone(&app))).into_future());
+    let reason = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    app.events.add(
+        EventLevel::Info,
+        EventKind::Daemon,
+        "",
+        &format!("stopping: {reason}"),
+    );
+    app.stop().await;
+    server.abort();
+    // A socket that is left over is replaced at the next start.
+    if let Err(error) = std::fs::remove_file(&socket) {
+        tracing::debug!(%error, "the socket was not removed");
+    }
+    Ok(())
+}
+
+fn start_log(level: &str) -> anyhow::Result<()> {
+    let filter =
+        tracing_subscriber::EnvFilter::try_new(format!("warn,openraft=error,relevo={level}"))
+            .with_context(|| format!("`{level}` is no log level"))?;
+    let log = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .finish();
+    tracing::subscriber::set_global_default(log).context("start the log")
+}

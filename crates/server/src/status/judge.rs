@@ -1,0 +1,137 @@
+//! The verdict on a status: what is not as it should be. Pure.
+
+use crate::api::{
+    ClusterStatus, Health, NodeStatus, PartState, ServiceState, ServiceStatus, VolumeStatus,
+};
+
+/// The health of a cluster, and a sentence for each thing that is not as it should be.
+pub(crate) fn judge(cluster: &ClusterStatus) -> (Health, Vec<String>) {
+    let mut findings = Findings::default();
+    findings.quorum(cluster);
+    for node in &cluster.nodes {
+        findings.node(node, node.name == cluster.this_node);
+    }
+    for volume in &cluster.volumes {
+        findings.volume(volume);
+    }
+    for service in &cluster.services {
+        findings.service(service);
+    }
+    (
+        findings.health.unwrap_or(Health::Healthy),
+        findings.problems,
+    )
+}
+
+#[derive(Default)]
+struct Findings {
+    health: Option<Health>,
+    problems: Vec<String>,
+}
+
+impl Findings {
+    fn add(&mut self, health: Health, problem: String) {
+        self.health = self.health.max(Some(health));
+        self.problems.push(problem);
+    }
+
+    fn quorum(&mut self, cluster: &ClusterStatus) {
+        let quorum = &cluster.quorum;
+        if quorum.alive < quorum.needed {
+            let problem = format!(
+                "this node hears {} of {} voters and needs {}: nothing can be decided here",
+                quorum.alive, quorum.voters, quorum.needed
+            );
+            self.add(Health::Down, problem);
+        } else if !quorum.lease.held {
+            let problem = "this node has no lease: it runs nothing".to_owned();
+            self.add(Health::Down, problem);
+        }
+        if quorum.leader.is_none() {
+            let problem = "the control log has no leader: nothing can be changed now".to_owned();
+            self.add(Health::Degraded, problem);
+        }
+    }
+
+    fn node(&mut self, node: &NodeStatus, this: bool) {
+        let name = &node.name;
+        if !this && node.state != "alive" {
+            self.add(Health::Degraded, format!("node {name} is {}", node.state));
+        } else if node.evicted {
+            let problem = format!("node {name} was evicted and is not readmitted yet");
+            self.add(Health::Degraded, problem);
+        } else if !node.voter {
+            let problem = format!("node {name} has no vote yet: it is catching up");
+            self.add(Health::Degraded, problem);
+        }
+        if node.state == "alive" {
+            for path in node.paths.iter().filter(|path| path.up == Some(false)) {
+                let problem = format!("path {} to node {name} is down", path.name);
+                self.add(Health::Degraded, problem);
+            }
+        }
+    }
+
+    fn volume(&mut self, volume: &VolumeStatus) {
+        let name = &volume.name;
+        if volume.epoch == 0 {
+            let problem = format!("volume {name} is being created");
+            return self.add(Health::Degraded, problem);
+        }
+        for replica in &volume.replicas {
+            let node = &replica.node;
+            if replica.disk.as_deref() == Some("Failed") {
+                let problem = format!("the replica of volume {name} on {node} failed");
+                self.add(Health::Degraded, problem);
+            } else if !volume.in_sync.contains(node) {
+                let progress = match replica.sync_percent {
+                    Some(percent) => format!("; its resync is {percent} % done"),
+                    None => String::new(),
+                };
+                let problem =
+                    format!("the replica of volume {name} on {node} is not in sync{progress}");
+                self.add(Health::Degraded, problem);
+            }
+        }
+        if let Some(wait) = &volume.wait {
+            let problem = format!("volume {name} waits: {}", wait.why);
+            self.add(Health::Degraded, problem);
+        }
+    }
+
+    fn service(&mut self, service: &ServiceStatus) {
+        let name = &service.name;
+        if service.enabled && service.state != ServiceState::Running {
+            let state = match service.state {
+                ServiceState::Starting => "is being started",
+                ServiceState::Stopping => "is being stopped",
+                ServiceState::Unknown => "is on a node that does not answer",
+                ServiceState::Running | ServiceState::Stopped | ServiceState::Waiting => {
+                    "does not run"
+                }
+            };
+            let why = match &service.wait {
+                Some(wait) => format!(": {}", wait.why),
+                None => String::new(),
+            };
+            self.add(Health::Down, format!("service {name} {state}{why}"));
+        }
+        for failure in &service.failures {
+            let problem = format!(
+                "service {name} failed on {}: {}",
+                failure.node, failure.reason
+            );
+            self.add(Health::Degraded, problem);
+        }
+        if service.state == ServiceState::Running {
+            for part in &service.parts {
+                if matches!(part.state, PartState::Active | PartState::Unknown) {
+                    continue;
+                }
+                let detail = part.detail.as_deref().unwrap_or("it is not active");
+                let problem = format!("{} of service {name}: {detail}", part.part);
+                self.add(Health::Degraded, problem);
+            }
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! A whole status from fixed sources, and verdicts.
+
+use std::collections::BTreeMap;
+
+use relevo_membership::{Liveness, PathStatus, PeerStatus};
+use relevo_node::{NodeStatus as Observed, Phase, ServiceStatus as Running};
+use relevo_types::{
+    ClusterId, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, Time, VolumeId,
+    cluster::{
+        ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Part, Ports, ProcessPart,
+        Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
+    },
+};
+
+use super::*;
+use crate::api::{ClusterStatus, Health, ServiceState};
+
+const SECOND: u64 = 1_000_000_000;
+
+fn spec(name: &str, kind: NodeKind) -> NodeSpec {
+    NodeSpec {
+        name: name.to_owned(),
+        kind,
+        paths: vec![NodePath {
+            name: "lan".to_owned(),
+            address: "10.0.0.1".parse().unwrap(),
+            replication: false,
+        }],
+        ports: Ports::default(),
+    }
+}
+
+/// `alfa` and `beta` with a replica each of `mail`, the witness `wit`; `alfa` is primary and
+/// holds the service.
+fn state() -> ClusterState {
+    let mut state = ClusterState::default();
+    let mut apply = |command: Command| {
+        state.apply(&command).unwrap();
+    };
+    apply(Command::Init {
+        cluster: ClusterId([1; 16]),
+        name: "campus".to_owned(),
+        sensitivity: Sensitivity::Normal,
+        node: spec("alfa", NodeKind::Data),
+    });
+    for (name, kind, id) in [("beta", NodeKind::Data, 2), ("wit", NodeKind::Witness, 3)] {
+        apply(Command::CreateToken {
+            hash: name.to_owned(),
+            token: JoinToken {
+                kind: None,
+                expires_unix_s: 10,
+            },
+        });
+        apply(Command::Join {
+            hash: name.to_owned(),
+            now_unix_s: 1,
+            node: spec(name, kind),
+        });
+        apply(Command::AdmitVoter { node: NodeId(id) });
+    }
+    let replica = |node| ReplicaSpec {
+        node: NodeId(node),
+        protocol: Protocol::C,
+        backing: None,
+        force: false,
+    };
+    apply(Command::CreateVolume {
+        name: "mail".to_owned(),
+        size: 1 << 20,
+        lineage: LineageId(7),
+        replicas: vec![replica(1), replica(2)],
+    });
+    for node in [1, 2] {
+        apply(Command::ReplicaCreated {
+            volume: VolumeId(1),
+            node: NodeId(node),
+        });
+    }
+    apply(Command::Volume {
+        volume: VolumeId(1),
+        expect: relevo_types::Epoch(1),
+        change: VolumeChange::Promote { node: NodeId(1) },
+    });
+    apply(Command::CreateService {
+        spec: ServiceSpec {
+            name: "mail".to_owned(),
+            parts: vec![
+                Part::Volume(VolumePart {
+                    volume: VolumeId(1),
+                    device: false,
+                }),
+                Part::Process(ProcessPart {
+                    command: vec!["/bin/maild".to_owned()],
+                    environment: BTreeMap::new(),
+                    directory: None,
+                    ready: None,
+                }),
+            ],
+        },
+        target: None,
+    });
+    apply(Command::Acquire {
+        service: ServiceId(1),
+        node: NodeId(1),
+    });
+    state
+}
+
+fn peer(liveness: Liveness) -> PeerStatus {
+    PeerStatus {
+        liveness,
+        since: Time(95 * SECOND),
+        reason: "silent on lan".to_owned(),
+        heard_at: None,
+        hears_us: true,
+        paths: vec![PathStatus {
+            name: "lan".to_owned(),
+            up: liveness == Liveness::Alive,
+            round_trip_us: Some(200),
+            loss_percent: 0,
+        }],
+        condemned_by: vec![],
+        heard_by: vec![],
+    }
+}
+
+fn observed(beta: Liveness, phase: Phase) -> Observed {
+    let running = Running {
+        phase,
+        since: Time(98 * SECOND),
+        reason: String::new(),
+        waiting: (phase == Phase::Starting).then(|| "volume `mail` opens".to_owned()),
+    };
+    Observed {
+        me: NodeId(1),
+        leader: Some(NodeId(1)),
+        membership: relevo_membership::Status {
+            generation: LeaseGeneration(1),
+            lease_until: Time(100 * SECOND + 700_000_000),
+            peers: BTreeMap::from([(NodeId(2), peer(beta)), (NodeId(3), peer(Liveness::Alive))]),
+        },
+        services: BTreeMap::from([(ServiceId(1), running)]),
+        waits: vec![],
+        reports: BTreeMap::new(),
+        leaving: false,
+    }
+}
+
+fn report(dirty: Option<(u64, u64)>) -> LocalReport {
+    let beta = LocalPeer {
+        state: if dirty.is_some() {
+            "SyncSource"
+        } else {
+            "Established"
+        }
+        .to_owned(),
+        dirty_blocks: dirty.map(|(left, _)| left),
+        dirty_at_first: dirty.map(|(_, all)| all),
+    };
+    let volume = LocalVolume {
+        disk: "UpToDate".to_owned(),
+        peers: BTreeMap::from([(NodeId(2), beta)]),
+        ..LocalVolume::default()
+    };
+    let parts = BTreeMap::from([
+        (0, (PartState::Active, None)),
+        (1, (PartState::Active, None)),
+    ]);
+    LocalReport {
+        volumes: BTreeMap::from([(VolumeId(1), volume)]),
+        services: BTreeMap::from([(ServiceId(1), parts)]),
+        waits: vec![],
+    }
+}
+
+fn status(state: &ClusterState, observed: &Observed, mine: LocalReport) -> ClusterStatus {
+    compose(&Sources {
+        state,
+        me: NodeId(1),
+        leader: observed.leader,
+        observed: Some(observed),
+        reports: &BTreeMap::from([(NodeId(1), mine)]),
+        now: Time(100 * SECOND),
+        now_unix_ms: 1_700_000_000_000,
+    })
+}
+
+#[test]
+fn a_healthy_cluster() {
+    let status = status(
+        &state(),
+        &observed(Liveness::Alive, Phase::Running),
+        report(None),
+    );
+    assert_eq!(judge(&status), (Health::Healthy, vec![]));
+    assert_eq!(status.quorum.alive, 3);
+    assert_eq!(status.quorum.needed, 2);
+    assert_eq!(status.quorum.lease.left_ms, 700);
+    let beta = &status.nodes[1];
+    assert_eq!(beta.since_unix_ms, Some(1_699_999_995_000));
+    assert_eq!(beta.paths[0].round_trip_us, Some(200));
+    assert_eq!(status.nodes[0].paths[0].up, None);
+    let mail = &status.volumes[0];
+    assert_eq!(mail.primary.as_deref(), Some("alfa"));
+    assert_eq!(mail.replicas[1].replication.as_deref(), Some("Established"));
+    // beta did not report.
+    assert_eq!(mail.replicas[1].disk, None);
+    let service = &status.services[0];
+    assert_eq!(service.state, ServiceState::Running);
+    assert_eq!(service.parts[0].part, "volume mail");
+    assert_eq!(service.parts[1].state, PartState::Active);
+}
+
+#[test]
+fn a_resync_shows_its_progress() {
+    let mut state = state();
+    state
+        .apply(&Command::Volume {
+            volume: VolumeId(1),
+            expect: relevo_types::Epoch(2),
+            change: VolumeChange::Leave {
+                nodes: vec![NodeId(2)],
+            },
+        })
+        .unwrap();
+    let observed = observed(Liveness::Alive, Phase::Running);
+    let status = status(&state, &observed, report(Some((30, 120))));
+    let beta = &status.volumes[0].replicas[1];
+    assert_eq!(beta.dirty_bytes, Some(30 * 4096));
+    assert_eq!(beta.sync_percent, Some(75));
+    let (health, problems) = judge(&status);
+    assert_eq!(health, Health::Degraded);
+    assert_eq!(
+        problems,
+        ["the replica of volume mail on beta is not in sync; its resync is 75 % done"]
+    );
+}
+
+#[test]
+fn a_dead_node_degrades() {
+    let status = status(
+        &state(),
+        &observed(Liveness::Dead, Phase::Running),
+        report(None),
+    );
+    let (health, problems) = judge(&status);
+    assert_eq!(health, Health::Degraded);
+    assert_eq!(problems, ["node beta is dead"]);
+    assert_eq!(status.nodes[1].reason.as_deref(), Some("silent on lan"));
+}
+
+#[test]
+fn a_service_that_waits_is_down() {
+    let status = status(
+        &state(),
+        &observed(Liveness::Alive, Phase::Starting),
+        report(None),
+    );
+    let (health, problems) = judge(&status);
+    assert_eq!(health, Health::Down);
+    assert_eq!(
+        problems,
+        ["service mail is being started: volume `mail` opens"]
+    );
+    let wait = status.services[0].wait.as_ref().unwrap();
+    assert_eq!(wait.since_unix_ms, Some(1_699_999_998_000));
+}
+
+#[test]
+fn a_holder_that_does_not_answer() {
+    let mut observed = observed(Liveness::Dead, Phase::Running);
+    observed.me = NodeId(1);
+    let mut state = state();
+    let service = state.services.get_mut(&ServiceId(1)).unwrap();
+    service.holder = Some(NodeId(2));
+    let status = status(&state, &observed, report(None));
+    assert_eq!(status.services[0].state, ServiceState::Unknown);
+    assert_eq!(judge(&status).0, Health::Down);
+}
+
+#[test]
+fn without_a_majority_nothing_is_known() {
+    let mut observed = observed(Liveness::Dead, Phase::Running);
+    observed
+        .membership
+        .peers
+        .get_mut(&NodeId(3))
+        .unwrap()
+        .liveness = Liveness::Dead;
+    observed.membership.lease_until = Time(99 * SECOND);
+    observed.leader = None;
+    let status = status(&state(), &observed, report(None));
+    assert!(!status.quorum.lease.held);
+    let (health, problems) = judge(&status);
+    assert_eq!(health, Health::Down);
+    assert!(problems[0].contains("1 of 3 voters"), "{problems:?}");
+    assert!(problems[1].contains("no leader"), "{problems:?}");
+}

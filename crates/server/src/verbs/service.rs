@@ -1,0 +1,384 @@
+//! Services: create, remove, start, stop, move.
+
+use std::{net::IpAddr, time::Duration};
+
+use relevo_types::{
+    NodeId, ServiceId,
+    cluster::{
+        AddressPart, ClusterState, Command, MountPart, Outcome, Part, ProcessPart, Service,
+        ServiceSpec, VolumePart,
+    },
+};
+
+use super::{Found, WAIT, find_node, find_service, find_volume};
+use crate::{
+    api::{
+        AddressRequest, ApiError, CreateServiceRequest, Done, ErrorKind, PartRequest, ServiceState,
+    },
+    cluster::Cluster,
+};
+
+/// How often a call that waits for a service to run looks at its holder's report.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+impl Cluster {
+    /// Creates a service and waits until it runs, or a node gave it up.
+    pub(crate) async fn create_service(
+        &self,
+        request: CreateServiceRequest,
+    ) -> Result<Done, ApiError> {
+        let what = format!("service `{}` was not created", request.name);
+        let state = self.state();
+        let spec = service_spec(&state, &request, &what)?;
+        let target = match &request.on {
+            Some(node) => Some(find_node(&state, node, &what)?),
+            None => None,
+        };
+        let command = Command::CreateService { spec, target };
+        let Outcome::Service(id) = self.change(&what, command).await? else {
+            return Err(ApiError::new(
+                ErrorKind::Internal,
+                what,
+                "the control log gave an answer that does not fit",
+                "report this as a bug",
+            ));
+        };
+        let name = &request.name;
+        self.await_running(
+            id,
+            name,
+            None,
+            format!("service `{name}` was created and does not run"),
+        )
+        .await
+    }
+
+    /// Stops and removes a service.
+    pub(crate) async fn remove_service(&self, name: &str) -> Result<Done, ApiError> {
+        let what = format!("service `{name}` was not removed");
+        let id = find_service(&self.state(), name, &what)?.id;
+        self.disable(id, &what).await?;
+        self.change(&what, Command::RemoveService { service: id })
+            .await?;
+        Ok(Done {
+            done: format!("Service {name} is gone."),
+        })
+    }
+
+    /// Starts a service and waits until it runs.
+    pub(crate) async fn start_service(&self, name: &str) -> Result<Done, ApiError> {
+        let what = format!("service `{name}` was not started");
+        let id = find_service(&self.state(), name, &what)?.id;
+        let enable = Command::EnableService {
+            service: id,
+            enabled: true,
+        };
+        self.change(&what, enable).await?;
+        self.await_running(id, name, None, format!("service `{name}` does not run"))
+            .await
+    }
+
+    /// Stops a service and waits until nobody holds it.
+    pub(crate) async fn stop_service(&self, name: &str) -> Result<Done, ApiError> {
+        let what = format!("service `{name}` was not stopped");
+        let id = find_service(&self.state(), name, &what)?.id;
+        self.disable(id, &what).await?;
+        Ok(Done {
+            done: format!("Service {name} is stopped."),
+        })
+    }
+
+    /// Moves a service and waits until it runs there; without a node, takes the wish back.
+    pub(crate) async fn move_service(
+        &self,
+        name: &str,
+        to: Option<&str>,
+    ) -> Result<Done, ApiError> {
+        let what = format!("service `{name}` was not moved");
+        let state = self.state();
+        let id = find_service(&state, name, &what)?.id;
+        let target = match to {
+            Some(node) => Some(find_node(&state, node, &what)?),
+            None => None,
+        };
+        if let Some(node) = target {
+            check_move(&state, find_service(&state, name, &what)?, node, &what)?;
+        }
+        self.change(
+            &what,
+            Command::SetTarget {
+                service: id,
+                target,
+            },
+        )
+        .await?;
+        if target.is_none() {
+            return Ok(Done {
+                done: format!("Service {name} may be anywhere; it stays where it is."),
+            });
+        }
+        self.await_running(id, name, target, what).await
+    }
+
+    async fn disable(&self, id: ServiceId, what: &str) -> Result<(), ApiError> {
+        let disable = Command::EnableService {
+            service: id,
+            enabled: false,
+        };
+        self.change(what, disable).await?;
+        let late = || {
+            ApiError::new(
+                ErrorKind::Unavailable,
+                what,
+                format!("its parts did not stop within {} s", WAIT.as_secs()),
+                "`relevo status` shows what it waits for; it goes on stopping",
+            )
+        };
+        self.await_state(WAIT, late, |state| match state.services.get(&id) {
+            Some(service) if service.holder.is_some() => Found::NotYet,
+            _ => Found::Yes(()),
+        })
+        .await
+    }
+
+    /// Waits until a service runs (on `node`, if given), as its holder reports, or until a node
+    /// gave it up.
+    async fn await_running(
+        &self,
+        id: ServiceId,
+        name: &str,
+        node: Option<NodeId>,
+        what: String,
+    ) -> Result<Done, ApiError> {
+        let failed_before = failures(&self.state(), id);
+        let wait = async {
+            loop {
+                let state = self.state();
+                let Some(service) = state.services.get(&id) else {
+                    return Err(ApiError::new(
+                        ErrorKind::Refused,
+                        what.clone(),
+                        "it was removed",
+                        "",
+                    ));
+                };
+                let here = node.is_none() || service.holder == node;
+                if let Some(holder) = service.holder.filter(|_| here)
+                    && self.service_state(id).await == ServiceState::Running
+                {
+                    return Ok(Done {
+                        done: format!("Service {name} runs on {}.", state.node_name(holder)),
+                    });
+                }
+                if !service.enabled {
+                    return Err(ApiError::new(
+                        ErrorKind::Refused,
+                        what.clone(),
+                        "it was stopped meanwhile",
+                        format!("`relevo service start {name}` starts it"),
+                    ));
+                }
+                if failures(&state, id) > failed_before {
+                    return Err(gave_up(&state, service, &what));
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        match tokio::time::timeout(WAIT, wait).await {
+            Ok(result) => result,
+            Err(_) => Err(ApiError::new(
+                ErrorKind::Unavailable,
+                what.clone(),
+                format!("it did not run within {} s", WAIT.as_secs()),
+                "`relevo status` shows what it waits for; the cluster goes on trying",
+            )),
+        }
+    }
+}
+
+/// How often nodes gave the service up.
+fn failures(state: &ClusterState, id: ServiceId) -> u32 {
+    state.services.get(&id).map_or(0, |service| {
+        service.failures.values().map(|f| f.count).sum()
+    })
+}
+
+fn gave_up(state: &ClusterState, service: &Service, what: &str) -> ApiError {
+    let failures: Vec<String> = service
+        .failures
+        .iter()
+        .map(|(node, failure)| {
+            format!(
+                "node {} gave it up: {}",
+                state.node_name(*node),
+                failure.reason
+            )
+        })
+        .collect();
+    ApiError::new(
+        ErrorKind::Refused,
+        what,
+        failures.join("; "),
+        format!(
+            "mend that, then `relevo service start {}`; other nodes are still tried, see `relevo status`",
+            service.spec.name
+        ),
+    )
+}
+
+/// Refuses at once what the planner would wait for without an end.
+fn check_move(
+    state: &ClusterState,
+    service: &Service,
+    node: NodeId,
+    what: &str,
+) -> Result<(), ApiError> {
+    let name = state.node_name(node);
+    let refuse =
+        |why: String, remedy: String| Err(ApiError::new(ErrorKind::Refused, what, why, remedy));
+    if !service.enabled {
+        return refuse(
+            "it is stopped".to_owned(),
+            format!("`relevo service start {}` starts it", service.spec.name),
+        );
+    }
+    if let Some(member) = state.nodes.get(&node) {
+        if member.standby {
+            return refuse(
+                format!("node {name} is in standby"),
+                format!("`relevo unstandby {name}` ends that"),
+            );
+        }
+        if member.lease.evicted {
+            return refuse(
+                format!("node {name} is down"),
+                "bring it back first".to_owned(),
+            );
+        }
+    }
+    for id in service.spec.volumes() {
+        if let Some(volume) = state.volumes.get(&id)
+            && !volume.in_sync.contains(&node)
+        {
+            let volume = &volume.name;
+            return refuse(
+                format!("node {name} has no in-sync replica of volume `{volume}`"),
+                "wait for its resync (`relevo status` shows it), or choose another node".to_owned(),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn service_spec(
+    state: &ClusterState,
+    request: &CreateServiceRequest,
+    what: &str,
+) -> Result<ServiceSpec, ApiError> {
+    let parts: Result<Vec<Part>, ApiError> = request
+        .parts
+        .iter()
+        .map(|part| self::part(state, part, what))
+        .collect();
+    Ok(ServiceSpec {
+        name: request.name.clone(),
+        parts: parts?,
+    })
+}
+
+fn part(state: &ClusterState, part: &PartRequest, what: &str) -> Result<Part, ApiError> {
+    Ok(match part {
+        PartRequest::Volume(volume) => Part::Volume(VolumePart {
+            volume: find_volume(state, &volume.name, what)?.id,
+            device: volume.device,
+        }),
+        PartRequest::Mount(mount) => {
+            if !mount.at.is_absolute() {
+                return Err(ApiError::new(
+                    ErrorKind::BadRequest,
+                    what,
+                    format!("the mount point {} is no absolute path", mount.at.display()),
+                    "begin it with `/`",
+                ));
+            }
+            Part::Mount(MountPart {
+                volume: find_volume(state, &mount.volume, what)?.id,
+                mount_point: mount.at.clone(),
+                filesystem: mount.filesystem.clone(),
+                make: mount.make,
+                options: mount.options.clone(),
+            })
+        }
+        PartRequest::Address(address) => Part::Address(address_part(address, what)?),
+        PartRequest::Process(process) => {
+            if let Some(program) = process.command.first().filter(|p| !p.starts_with('/')) {
+                return Err(ApiError::new(
+                    ErrorKind::BadRequest,
+                    what,
+                    format!("the program `{program}` is no absolute path"),
+                    "a service starts without a search path: write the whole path",
+                ));
+            }
+            Part::Process(ProcessPart {
+                command: process.command.clone(),
+                environment: process.environment.clone(),
+                directory: process.directory.clone(),
+                ready: process.ready,
+            })
+        }
+    })
+}
+
+fn address_part(request: &AddressRequest, what: &str) -> Result<AddressPart, ApiError> {
+    let bad = || {
+        ApiError::new(
+            ErrorKind::BadRequest,
+            what,
+            format!("`{}` is no address with a prefix", request.address),
+            "write for example 192.168.1.1/24 or fd00::1/64",
+        )
+    };
+    let (address, prefix) = request.address.split_once('/').ok_or_else(bad)?;
+    let address: IpAddr = address.parse().map_err(|_| bad())?;
+    let prefix: u8 = prefix.parse().map_err(|_| bad())?;
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    if prefix == 0 || prefix > longest {
+        return Err(bad());
+    }
+    Ok(AddressPart {
+        address,
+        prefix,
+        interface: request.interface.clone(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(address: &str) -> Result<AddressPart, ApiError> {
+        let request = AddressRequest {
+            address: address.to_owned(),
+            interface: None,
+        };
+        address_part(&request, "x")
+    }
+
+    #[test]
+    fn addresses() {
+        assert_eq!(read("10.0.0.1/24").unwrap().prefix, 24);
+        assert_eq!(read("fd00::1/64").unwrap().prefix, 64);
+        for bad in [
+            "10.0.0.1",
+            "10.0.0.1/33",
+            "10.0.0/24",
+            "10.0.0.1/0",
+            "fd00::1/129",
+        ] {
+            assert!(
+                read(bad).unwrap_err().remedy.contains("192.168.1.1/24"),
+                "{bad}"
+            );
+        }
+    }
+}
