@@ -448,7 +448,8 @@ impl Lab {
         let Some(hub) = &self.hub else {
             bail!("there are no cables on loopback")
         };
-        for (own, _) in &self.machine(name).paths {
+        // The replication path first: whoever connects when it comes back shall find it.
+        for (own, _) in self.machine(name).paths.iter().rev() {
             if path.is_none_or(|path| path == *own) {
                 hub.set_up(&hub_port(name, own), up)?;
             }

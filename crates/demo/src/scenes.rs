@@ -4,7 +4,7 @@
 //! served steadily again, mend, wait until all replicas are in sync, ask the service for every
 //! entry it ever acknowledged, and compare the replicas block by block.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use anyhow::Context as _;
 use relevo_server::api::{
@@ -315,28 +315,16 @@ impl<'lab> Stage<'lab> {
     /// Reads both backing files whole. The client is paused; what the file system still writes of
     /// its own gets a few seconds to end.
     fn compare_replicas(&self) -> anyhow::Result<bool> {
-        let volume = self
-            .lab
-            .volume(NAME)
-            .context("the cluster does not answer")?;
-        let backings: Vec<PathBuf> = volume
-            .replicas
-            .iter()
-            .filter_map(|replica| replica.backing.clone())
+        // A node may know only its own backing.
+        let backings: BTreeSet<PathBuf> = ["one", "two"]
+            .into_iter()
+            .filter_map(|name| self.lab.api.cluster(&self.lab.machine(name).state_dir))
+            .flat_map(|cluster| cluster.volumes)
+            .filter(|volume| volume.name == NAME)
+            .flat_map(|volume| volume.replicas)
+            .filter_map(|replica| replica.backing)
             .collect();
-        let backings = if backings.len() == 2 {
-            backings
-        } else {
-            // A node knows only its own backing.
-            ["one", "two"]
-                .into_iter()
-                .filter_map(|name| self.lab.api.cluster(&self.lab.machine(name).state_dir))
-                .flat_map(|cluster| cluster.volumes)
-                .filter(|volume| volume.name == NAME)
-                .flat_map(|volume| volume.replicas)
-                .filter_map(|replica| replica.backing)
-                .collect()
-        };
+        let backings: Vec<PathBuf> = backings.into_iter().collect();
         anyhow::ensure!(
             backings.len() == 2,
             "found {} backing files, not 2",
