@@ -44,6 +44,7 @@ pub fn run(options: &DaemonOptions) -> anyhow::Result<()> {
         )
     })?;
     let state_dir = StateDir::lock(&options.state_dir)?;
+    let options = &with_absolute_paths(options)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
         .max_blocking_threads(BLOCKING_THREADS)
@@ -55,6 +56,19 @@ pub fn run(options: &DaemonOptions) -> anyhow::Result<()> {
     let result = runtime.block_on(serve(options, &state_dir));
     runtime.shutdown_timeout(LAST_ANSWERS);
     result
+}
+
+/// Paths are written down and used later, by then perhaps from another working directory.
+fn with_absolute_paths(options: &DaemonOptions) -> anyhow::Result<DaemonOptions> {
+    let absolute = |path: &std::path::Path| {
+        std::path::absolute(path).with_context(|| format!("find {}", path.display()))
+    };
+    Ok(DaemonOptions {
+        state_dir: absolute(&options.state_dir)?,
+        device_dir: absolute(&options.device_dir)?,
+        pool_dir: absolute(&options.pool_dir)?,
+        ..options.clone()
+    })
 }
 
 async fn serve(options: &DaemonOptions, state_dir: &StateDir) -> anyhow::Result<()> {
@@ -93,9 +107,11 @@ async fn serve(options: &DaemonOptions, state_dir: &StateDir) -> anyhow::Result<
 }
 
 fn start_log(level: &str) -> anyhow::Result<()> {
-    let filter =
-        tracing_subscriber::EnvFilter::try_new(format!("warn,openraft=error,relevo={level}"))
-            .with_context(|| format!("`{level}` is no log level"))?;
+    // The consensus library calls every node that is away an error, several times a second; the
+    // membership tells it once.
+    let filter = format!("warn,openraft=error,openraft::replication=off,relevo={level}");
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)
+        .with_context(|| format!("`{level}` is no log level"))?;
     let log = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_env_filter(filter)

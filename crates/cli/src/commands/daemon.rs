@@ -67,7 +67,7 @@ pub(super) fn run(context: &Context, args: DaemonArgs) -> ExitCode {
     match relevo_server::run(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("relevo: {error}");
+            eprintln!("relevo: {error:#}");
             ExitCode::from(1)
         }
     }

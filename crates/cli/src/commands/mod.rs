@@ -186,16 +186,23 @@ mod tests {
         let program = parse("relevo volume list --json --state-dir /x").unwrap();
         assert!(program.global.json);
         assert_eq!(program.global.state_dir, PathBuf::from("/x"));
-        assert!(matches!(program.verb, Verb::Volume(volume::VolumeVerb::List)));
+        assert!(matches!(
+            program.verb,
+            Verb::Volume(volume::VolumeVerb::List)
+        ));
     }
 
     #[test]
     fn options_that_need_others_say_so() {
-        let error = parse("relevo service create web --mount /srv").err().unwrap();
+        let error = parse("relevo service create web --mount /srv")
+            .err()
+            .unwrap();
         assert!(error.contains("--volume"), "{error}");
         let error = parse("relevo service create").err().unwrap();
         assert!(error.contains("--file"), "{error}");
-        let error = parse("relevo service create web --file x --exec y").err().unwrap();
+        let error = parse("relevo service create web --file x --exec y")
+            .err()
+            .unwrap();
         assert!(error.contains("cannot be used with"), "{error}");
         let error = parse("relevo service move web").err().unwrap();
         assert!(error.contains("<TO>") || error.contains("[TO]"), "{error}");

@@ -11,8 +11,16 @@ fn create_volume_and_service(alfa: &Daemon) {
     let out = alfa.ok(&["volume", "create", "mail", "--size", "16MiB"]);
     assert!(out.contains("alfa, beta"), "{out}");
     let out = alfa.ok(&[
-        "service", "create", "mail", "--volume", "mail", "--no-device", "--exec",
-        "/bin/sleep 1000", "--on", "alfa",
+        "service",
+        "create",
+        "mail",
+        "--volume",
+        "mail",
+        "--no-device",
+        "--exec",
+        "/bin/sleep 1000",
+        "--on",
+        "alfa",
     ]);
     assert!(out.contains("runs on alfa"), "{out}");
 }
@@ -160,8 +168,16 @@ fn memory_of_an_idle_cluster() {
     create_volume_and_service(&alfa);
     let resident = |daemon: &Daemon| -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            / 1024
     };
     let (data, witness) = (resident(&alfa), resident(&wit));
     // The promise is for a release build; a build for tests carries more.

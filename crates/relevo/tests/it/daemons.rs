@@ -37,7 +37,10 @@ pub(crate) struct Answer {
 
 impl Site {
     pub(crate) fn new() -> Self {
-        let dir = tempfile::Builder::new().prefix("relevo-it-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("relevo-it-")
+            .tempdir()
+            .unwrap();
         Self { dir }
     }
 
@@ -66,14 +69,18 @@ impl Site {
         beta.join(&alfa.token(&[]), &[]);
         wit.join(&alfa.token(&["--witness"]), &["--witness"]);
         let members = [alfa, beta, wit];
-        eventually(Duration::from_secs(10), "every node hears every other", || {
-            members.iter().all(|daemon| {
-                let status = daemon.status();
-                status["cluster"]["quorum"]["alive"] == 3
-                    && status["cluster"]["quorum"]["lease"]["held"] == true
-                    && !status["cluster"]["quorum"]["leader"].is_null()
-            })
-        });
+        eventually(
+            Duration::from_secs(10),
+            "every node hears every other",
+            || {
+                members.iter().all(|daemon| {
+                    let status = daemon.status();
+                    status["cluster"]["quorum"]["alive"] == 3
+                        && status["cluster"]["quorum"]["lease"]["held"] == true
+                        && !status["cluster"]["quorum"]["leader"].is_null()
+                })
+            },
+        );
         members
     }
 }
@@ -126,7 +133,12 @@ impl Daemon {
 
     /// Runs a verb on this node.
     pub(crate) fn run(&self, args: &[&str]) -> Answer {
-        let output = relevo().args(args).arg("--state-dir").arg(&self.state_dir).output().unwrap();
+        let output = relevo()
+            .args(args)
+            .arg("--state-dir")
+            .arg(&self.state_dir)
+            .output()
+            .unwrap();
         Answer::from(output)
     }
 
@@ -134,9 +146,14 @@ impl Daemon {
     pub(crate) fn ok(&self, args: &[&str]) -> String {
         let answer = self.run(args);
         assert_eq!(
-            answer.code, 0,
+            answer.code,
+            0,
             "relevo {args:?} on {}: {}{}\n--- log of {}:\n{}",
-            self.name, answer.out, answer.err, self.name, tail(&self.log())
+            self.name,
+            answer.out,
+            answer.err,
+            self.name,
+            tail(&self.log())
         );
         answer.out
     }
@@ -144,14 +161,25 @@ impl Daemon {
     /// Runs a verb that must be refused, and gives what it says.
     pub(crate) fn refused(&self, args: &[&str]) -> String {
         let answer = self.run(args);
-        assert_eq!(answer.code, 1, "relevo {args:?}: {}{}", answer.out, answer.err);
+        assert_eq!(
+            answer.code, 1,
+            "relevo {args:?}: {}{}",
+            answer.out, answer.err
+        );
         answer.err
     }
 
     pub(crate) fn init(&self, cluster: &str) {
         let ports = self.ports.to_string();
         self.ok(&[
-            "init", "--name", cluster, "--node", &self.name, "--path", "lan=127.0.0.1", "--ports",
+            "init",
+            "--name",
+            cluster,
+            "--node",
+            &self.name,
+            "--path",
+            "lan=127.0.0.1",
+            "--ports",
             &ports,
         ]);
     }
@@ -164,7 +192,14 @@ impl Daemon {
 
     pub(crate) fn join_args<'a>(&'a self, token: &'a str, ports: &'a str) -> Vec<&'a str> {
         vec![
-            "join", token, "--node", &self.name, "--path", "lan=127.0.0.1", "--ports", ports,
+            "join",
+            token,
+            "--node",
+            &self.name,
+            "--path",
+            "lan=127.0.0.1",
+            "--ports",
+            ports,
         ]
     }
 

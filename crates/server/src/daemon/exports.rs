@@ -23,8 +23,12 @@ use super::volumes::{Live, Volumes, lock};
 pub(crate) struct Exports {
     /// Where links to them are made; `None`: this node makes none.
     device_dir: Option<PathBuf>,
-    devices: Mutex<BTreeMap<VolumeId, Arc<DeviceExport>>>,
+    devices: Mutex<BTreeMap<VolumeId, Slot>>,
 }
+
+/// The device of one volume. Locked while it is being made or taken away, which may take seconds
+/// and keeps nobody else waiting.
+type Slot = Arc<Mutex<Option<Arc<DeviceExport>>>>;
 
 impl Exports {
     pub(crate) fn new(device_dir: Option<PathBuf>) -> Self {
@@ -36,15 +40,21 @@ impl Exports {
 
     /// The block device of a volume, if it has one here.
     pub(crate) fn device(&self, volume: VolumeId) -> Option<PathBuf> {
-        lock(&self.devices)
-            .get(&volume)
-            .map(|device| device.link().to_owned())
+        let slot = self.slot(volume);
+        // While it is locked there is no device that could be used.
+        let device = slot.try_lock().ok()?;
+        device.as_ref().map(|device| device.link().to_owned())
+    }
+
+    fn slot(&self, volume: VolumeId) -> Slot {
+        Arc::clone(lock(&self.devices).entry(volume).or_default())
     }
 
     /// Ends a device at once; its users get errors.
     pub(crate) fn drop_by_force(&self, volume: VolumeId) {
-        let device = lock(&self.devices).remove(&volume);
-        if let Some(device) = device
+        let slot = lock(&self.devices).remove(&volume);
+        if let Some(slot) = slot
+            && let Some(device) = lock(&slot).take()
             && let Err(error) = device.detach(Detach::Force)
         {
             tracing::warn!(%error, %volume, "a device could not be taken away");
@@ -60,9 +70,9 @@ impl Exports {
                 "start it without --no-devices, or create the service with --no-device and use NBD",
             ));
         };
-        // Held over the making of the device: two at a time for one volume would be one too many.
-        let mut devices = lock(&self.devices);
-        if let Some(device) = devices.get(&volume) {
+        let slot = self.slot(volume);
+        let mut made = lock(&slot);
+        if let Some(device) = &*made {
             return Ok(device.link().to_owned());
         }
         let target = VolumeTarget {
@@ -77,12 +87,14 @@ impl Exports {
             )
         })?;
         let link = device.link().to_owned();
-        devices.insert(volume, Arc::new(device));
+        *made = Some(Arc::new(device));
         Ok(link)
     }
 
     fn detach(&self, volume: VolumeId, force: bool) -> Result<(), AgentError> {
-        let Some(device) = lock(&self.devices).get(&volume).cloned() else {
+        let slot = self.slot(volume);
+        let mut made = lock(&slot);
+        let Some(device) = made.clone() else {
             return Ok(());
         };
         let how = if force { Detach::Force } else { Detach::Clean };
@@ -99,7 +111,7 @@ impl Exports {
                 "a device is still open; its requests fail, and it goes when its last user ends"
             );
         }
-        lock(&self.devices).remove(&volume);
+        *made = None;
         Ok(())
     }
 }

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use relevo_agents::{PartFailed, PartHealth, PartRunner};
@@ -17,6 +18,9 @@ use crate::api::PartState;
 /// Orders of one service that may wait. The node manager has one order per part under way and
 /// a forced stop for each at most; a service with more parts than this is not accepted to run.
 const ORDER_QUEUE: usize = 256;
+
+/// How long a look at a part may take: a person waits for the status.
+const PROBE_BOUND: Duration = Duration::from_millis(300);
 
 /// The parts of this node's services.
 #[derive(Clone)]
@@ -92,11 +96,13 @@ impl Parts {
         let mut states = BTreeMap::new();
         for (index, known) in known {
             let state = if known.state == PartState::Active {
-                match self.inner.runner.probe(service, index, &known.part).await {
-                    PartHealth::Active => (PartState::Active, known.detail),
-                    PartHealth::Inactive => (PartState::Stopped, known.detail),
-                    PartHealth::Impaired(why) => (PartState::Starting, Some(why)),
-                    PartHealth::Failed(why) => (PartState::Failed, Some(why)),
+                let probe = self.inner.runner.probe(service, index, &known.part);
+                match tokio::time::timeout(PROBE_BOUND, probe).await {
+                    Ok(PartHealth::Active) => (PartState::Active, known.detail),
+                    Ok(PartHealth::Inactive) => (PartState::Stopped, known.detail),
+                    Ok(PartHealth::Impaired(why)) => (PartState::Starting, Some(why)),
+                    Ok(PartHealth::Failed(why)) => (PartState::Failed, Some(why)),
+                    Err(_) => (PartState::Unknown, Some("it does not answer".to_owned())),
                 }
             } else {
                 (known.state, known.detail)

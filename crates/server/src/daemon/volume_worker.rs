@@ -55,6 +55,10 @@ const STATUS_STEP: Duration = Duration::from_micros(100);
 /// How long a detach may take: the flush of a slow disk.
 const DETACH_WAIT: Duration = Duration::from_secs(10);
 
+/// How long closing may take, the end of the data thread included. What is not closed in order
+/// is uncertain at the next start, which costs a resync and no data.
+const CLOSE_WAIT: Duration = Duration::from_secs(27);
+
 /// What others want of a volume: the newest wish of each kind.
 #[derive(Default)]
 struct Wishes {
@@ -104,15 +108,15 @@ impl Mailbox {
         self.changed.notify_all();
     }
 
-    /// Waits until the replica is closed and the worker ended.
-    pub(crate) fn wait_closed(&self) {
-        let mut wishes = self.lock();
-        while !wishes.closed {
-            wishes = self
-                .changed
-                .wait(wishes)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+    /// Waits until the replica is closed and the worker ended; false when a disk that hangs does
+    /// not let it.
+    pub(crate) fn wait_closed(&self) -> bool {
+        let wishes = self.lock();
+        let (wishes, _) = self
+            .changed
+            .wait_timeout_while(wishes, CLOSE_WAIT, |wishes| !wishes.closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        wishes.closed
     }
 
     fn event(&self, event: VolumeEvent) {

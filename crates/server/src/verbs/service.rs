@@ -21,6 +21,10 @@ use crate::{
 /// How often a call that waits for a service to run looks at its holder's report.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
+/// A service that failed and that nobody took in so many looks (a second) is not taken at all: the
+/// planner needs some milliseconds.
+const FREE_LOOKS: u32 = 20;
+
 impl Cluster {
     /// Creates a service and waits until it runs, or a node gave it up.
     pub(crate) async fn create_service(
@@ -141,8 +145,8 @@ impl Cluster {
         .await
     }
 
-    /// Waits until a service runs (on `node`, if given), as its holder reports, or until a node
-    /// gave it up.
+    /// Waits until a service runs (on `node`, if given), as its holder reports, or until it was
+    /// given up and nobody takes it.
     async fn await_running(
         &self,
         id: ServiceId,
@@ -151,35 +155,15 @@ impl Cluster {
         what: String,
     ) -> Result<Done, ApiError> {
         let failed_before = failures(&self.state(), id);
+        let mut free_looks = 0;
         let wait = async {
             loop {
-                let state = self.state();
-                let Some(service) = state.services.get(&id) else {
-                    return Err(ApiError::new(
-                        ErrorKind::Refused,
-                        what.clone(),
-                        "it was removed",
-                        "",
-                    ));
-                };
-                let here = node.is_none() || service.holder == node;
-                if let Some(holder) = service.holder.filter(|_| here)
-                    && self.service_state(id).await == ServiceState::Running
-                {
-                    return Ok(Done {
-                        done: format!("Service {name} runs on {}.", state.node_name(holder)),
-                    });
-                }
-                if !service.enabled {
-                    return Err(ApiError::new(
-                        ErrorKind::Refused,
-                        what.clone(),
-                        "it was stopped meanwhile",
-                        format!("`relevo service start {name}` starts it"),
-                    ));
-                }
-                if failures(&state, id) > failed_before {
-                    return Err(gave_up(&state, service, &what));
+                match self.look_at(id, node, failed_before, &what).await {
+                    Look::Runs(done) => return Ok(done),
+                    Look::Over(error) => return Err(error),
+                    Look::Free(error) if free_looks >= FREE_LOOKS => return Err(error),
+                    Look::Free(_) => free_looks += 1,
+                    Look::NotYet => free_looks = 0,
                 }
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
@@ -189,11 +173,73 @@ impl Cluster {
             Err(_) => Err(ApiError::new(
                 ErrorKind::Unavailable,
                 what.clone(),
-                format!("it did not run within {} s", WAIT.as_secs()),
+                format!("service {name} did not run within {} s", WAIT.as_secs()),
                 "`relevo status` shows what it waits for; the cluster goes on trying",
             )),
         }
     }
+
+    async fn look_at(
+        &self,
+        id: ServiceId,
+        node: Option<NodeId>,
+        failed_before: u32,
+        what: &str,
+    ) -> Look {
+        let state = self.state();
+        let refused = |why: &str, remedy: String| {
+            Look::Over(ApiError::new(ErrorKind::Refused, what, why, remedy))
+        };
+        let Some(service) = state.services.get(&id) else {
+            return refused("it was removed meanwhile", String::new());
+        };
+        let name = &service.spec.name;
+        let here = node.is_none() || service.holder == node;
+        if let Some(holder) = service.holder.filter(|_| here)
+            && self.service_state(id).await == ServiceState::Running
+        {
+            return Look::Runs(running(&state, service, holder));
+        }
+        if !service.enabled {
+            let remedy = format!("`relevo service start {name}` starts it");
+            return refused("it was stopped meanwhile", remedy);
+        }
+        let failed = failures(&state, id) > failed_before;
+        match (failed, node, service.holder) {
+            (false, _, _) => Look::NotYet,
+            // It failed where it was asked to be.
+            (true, Some(_), _) => Look::Over(gave_up(&state, service, what)),
+            // Another node tries.
+            (true, None, Some(_)) => Look::NotYet,
+            (true, None, None) => Look::Free(gave_up(&state, service, what)),
+        }
+    }
+}
+
+/// What a look at a service that shall run found.
+enum Look {
+    Runs(Done),
+    /// It can't come any more.
+    Over(ApiError),
+    /// A node gave it up, and nobody has it at the moment.
+    Free(ApiError),
+    NotYet,
+}
+
+fn running(state: &ClusterState, service: &Service, holder: NodeId) -> Done {
+    let mut done = format!(
+        "Service {} runs on {}.",
+        service.spec.name,
+        state.node_name(holder)
+    );
+    for (node, failure) in service.failures.iter().filter(|(node, _)| **node != holder) {
+        done.push_str(&format!(
+            " It failed on {}: {}.",
+            state.node_name(*node),
+            failure.reason
+        ));
+    }
+    Done { done }
 }
 
 /// How often nodes gave the service up.
@@ -220,7 +266,7 @@ fn gave_up(state: &ClusterState, service: &Service, what: &str) -> ApiError {
         what,
         failures.join("; "),
         format!(
-            "mend that, then `relevo service start {}`; other nodes are still tried, see `relevo status`",
+            "mend that, then run `relevo service start {}`",
             service.spec.name
         ),
     )

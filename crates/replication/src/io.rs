@@ -1,0 +1,307 @@
+//! The engine's border: inputs, effects and the values in them.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use relevo_types::{
+    ByteRange, ClusterId, Epoch, Instance, NodeId, Time, VolumeId,
+    cluster::{Volume, VolumeChange},
+};
+use relevo_wire::{Body, Message};
+
+/// What an engine is told once, when it is made.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// The cluster; checked against the metadata.
+    pub cluster: ClusterId,
+    /// The volume.
+    pub volume: VolumeId,
+    /// This node.
+    pub node: NodeId,
+    /// Random number of this start.
+    pub instance: Instance,
+    /// Size of the backing file or device, in bytes: data area and metadata.
+    pub backing_size: u64,
+    /// A link that is owed an answer and silent this long is closed. The dead time.
+    pub link_timeout: Duration,
+    /// A quiet link gets a `Ping` this often.
+    pub ping_interval: Duration,
+    /// How long a new primary waits for an in-sync member without a link before it lets it leave
+    /// the set.
+    pub reconcile_grace: Duration,
+    /// Resync data under way to one peer at most, in bytes.
+    pub resync_window: u64,
+}
+
+/// What happens to an engine.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Read the metadata and become ready: the first input. Ends with
+    /// [`VolumeEvent::Attached`] or [`VolumeEvent::DiskFailed`].
+    Attach,
+    /// The volume's configuration as committed in the control log; newest wins, older and equal
+    /// ones are ignored.
+    Config(Arc<Volume>),
+    /// Reads may be served until then by this node's lease (DESIGN, rule 8).
+    LeaseUntil(Time),
+    /// A link to a peer is up. Replaces an older link to it.
+    LinkUp {
+        /// The peer, authenticated.
+        peer: NodeId,
+    },
+    /// The link to a peer is gone.
+    LinkDown {
+        /// The peer.
+        peer: NodeId,
+    },
+    /// A message arrived on the link to a peer.
+    Message {
+        /// The peer.
+        peer: NodeId,
+        /// The message.
+        message: Message,
+    },
+    /// A disk operation ended.
+    Disk {
+        /// The operation.
+        op: OpId,
+        /// How.
+        result: Result<DiskReply, DiskError>,
+    },
+    /// An application asks for something. Answered by one [`Effect::Reply`], now or later.
+    Request {
+        /// Chosen by the caller, unique among those not yet answered.
+        id: RequestId,
+        /// What it asks.
+        request: AppRequest,
+    },
+    /// Prepare a planned step-down: take no more requests, drain, make every in-sync replica
+    /// durable, then propose `Demote`. Ends with a configuration without a primary.
+    Demote,
+    /// Detach cleanly: flush, write the bitmap, mark the metadata clean. Ends with
+    /// [`VolumeEvent::Detached`].
+    Detach,
+    /// Nothing happened but the time; due at [`crate::Engine::deadline`].
+    Tick,
+}
+
+/// A disk operation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct OpId(pub u64);
+
+/// An application request.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RequestId(pub u64);
+
+/// What an application asks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum AppRequest {
+    /// Read a range, any alignment, within the volume.
+    Read(ByteRange),
+    /// Write a range, whole blocks.
+    Write {
+        /// Where.
+        range: ByteRange,
+        /// What.
+        body: Body,
+        /// Answer when it is on stable storage of every in-sync replica.
+        fua: bool,
+    },
+    /// Make every answered write durable on every in-sync replica.
+    Flush,
+}
+
+/// An operation on the backing. Offsets are of the backing: the data area starts at 0, metadata
+/// is at the end. Offsets and lengths are multiples of 512 (the engine uses whole blocks except
+/// for reads, which it widens itself).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskOp {
+    /// Echoed in [`Input::Disk`].
+    pub op: OpId,
+    /// What to do.
+    pub kind: DiskOpKind,
+}
+
+/// What to do on the backing. Operations under way are not ordered among each other; only a
+/// completed flush orders: it covers the operations that had completed when it was submitted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DiskOpKind {
+    /// Read a range. Never short.
+    Read(ByteRange),
+    /// Write bytes.
+    Write {
+        /// Where.
+        offset: u64,
+        /// What.
+        data: Bytes,
+    },
+    /// Make a range read as zeroes, releasing storage where that is possible.
+    Zero(ByteRange),
+    /// Make completed operations durable.
+    Flush,
+}
+
+/// What a disk operation gave.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DiskReply {
+    /// The bytes of a read.
+    Data(Bytes),
+    /// Anything else is done.
+    Done,
+}
+
+/// A disk operation failed. Whether the write happened is unknown.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{what} failed: {reason}")]
+pub struct DiskError {
+    /// `read`, `write`, `flush`, `zero`.
+    pub what: &'static str,
+    /// The system's words.
+    pub reason: String,
+}
+
+/// What an engine wants done, in the order of the list.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Effect {
+    /// Start a disk operation.
+    Disk(DiskOp),
+    /// Send a message on the link to a peer, after all earlier ones. Dropped when there is none.
+    Send {
+        /// The peer.
+        peer: NodeId,
+        /// The message.
+        message: Message,
+    },
+    /// Close the link to a peer after what was sent; the driver connects again. Followed by no
+    /// `LinkDown`: the engine already forgot the link.
+    CloseLink {
+        /// The peer.
+        peer: NodeId,
+        /// Why, for the log.
+        reason: String,
+    },
+    /// Answer an application request.
+    Reply {
+        /// The request.
+        id: RequestId,
+        /// Its result: the bytes of a read, or empty.
+        result: Result<Bytes, ReplyError>,
+    },
+    /// Propose a change of the configuration, expecting this epoch. Whatever comes of it arrives
+    /// as [`Input::Config`]; the engine proposes again while it needs it. The driver may drop
+    /// what it can't deliver.
+    Propose {
+        /// The epoch that the proposal expects.
+        expect: Epoch,
+        /// The change.
+        change: VolumeChange,
+    },
+    /// Something that status, logs and the rest of the node want to know.
+    Event(VolumeEvent),
+}
+
+/// Why an application request failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ReplyError {
+    /// The range is outside the volume or not whole blocks: the caller's mistake.
+    #[error("outside the volume or not aligned")]
+    Invalid,
+    /// This node is not primary of the volume, or is stepping down.
+    #[error("this node is not primary of the volume")]
+    NotPrimary,
+    /// The disk failed.
+    #[error("input/output error")]
+    Io,
+}
+
+/// A change in an engine, with its reason where there is one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum VolumeEvent {
+    /// The metadata was read.
+    Attached {
+        /// It was detached cleanly; nothing is uncertain.
+        clean: bool,
+        /// What is worth knowing, `superblock slot 0 is damaged, slot 1 was used` say.
+        remark: Option<String>,
+    },
+    /// Detached; nothing more comes.
+    Detached,
+    /// The disk is unusable: metadata damaged, another volume's, or an I/O error. The node lives.
+    DiskFailed {
+        /// What happened and what to do.
+        reason: String,
+    },
+    /// This node is primary and open for I/O.
+    Opened {
+        /// Under this epoch.
+        epoch: Epoch,
+    },
+    /// This node is no longer primary. Requests not answered were answered with an error.
+    Closed {
+        /// Why.
+        reason: String,
+    },
+    /// What is known of a peer changed.
+    Peer {
+        /// The peer.
+        node: NodeId,
+        /// What it is now.
+        state: PeerState,
+    },
+}
+
+/// What the primary knows of a peer, or a secondary of the primary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum PeerState {
+    /// No link.
+    #[default]
+    Connecting,
+    /// A link, nothing to do on it.
+    Connected,
+    /// The peer gets what it lacks; `dirty` blocks of 4 KiB are left.
+    SyncSource {
+        /// Blocks left.
+        dirty: u64,
+    },
+    /// This node gets what it lacks.
+    SyncTarget,
+    /// In sync.
+    Established,
+}
+
+/// What an engine tells about itself at any time.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EngineStatus {
+    /// Primary and open for I/O.
+    pub open: bool,
+    /// The disk, in DRBD's words.
+    pub disk: DiskState,
+    /// Highest epoch persisted.
+    pub epoch: Epoch,
+    /// The metadata was clean at attach, or what was uncertain is resolved since.
+    pub certain: bool,
+    /// Requests taken and not answered.
+    pub in_flight: usize,
+    /// Why requests wait, if some wait for more than the disk: what, for whom.
+    pub waiting: Option<String>,
+    /// Peers.
+    pub peers: BTreeMap<NodeId, PeerState>,
+}
+
+/// State of this node's replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DiskState {
+    /// Metadata not read yet.
+    #[default]
+    Attaching,
+    /// An I/O error or bad metadata.
+    Failed,
+    /// In the middle of a resync: a mix of old and new.
+    Inconsistent,
+    /// Not in the in-sync set: consistent but old.
+    Outdated,
+    /// In the in-sync set.
+    UpToDate,
+    /// Detached.
+    Diskless,
+}

@@ -1,0 +1,347 @@
+//! Local I/O on the data area: every read and write of this replica, whoever wants it.
+//!
+//! A job passes the [gate](crate::gate), then, if it writes, waits until its regions are
+//! [hot](crate::activity), then runs on the disk, then is flushed if it must be, then goes back
+//! to its owner. Jobs that were not started on the disk can be cancelled; those that were run to
+//! their end and keep their place in the gate until then, even if nobody waits for them any more.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use relevo_format::{Layout, Region};
+use relevo_types::{BlockRange, Epoch, NodeId, Seq};
+use relevo_wire::Body;
+
+use crate::{
+    gate::Access,
+    io::{DiskOpKind, RequestId},
+    machine::Machine,
+    ops::{Cx, OpUse},
+};
+
+/// A job. Grows; the order of ids is the order of arrival at the gate.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct JobId(pub(crate) u64);
+
+/// Whose job it is, and what to do at its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Owner {
+    /// An application's read.
+    AppRead(RequestId),
+    /// A piece of an application's write; becomes [`Owner::Write`] when it gets its position.
+    AppWrite(RequestId),
+    /// A write with a position.
+    Write(Seq),
+    /// Content for a peer's resync.
+    SyncRead(NodeId),
+    /// Content for the reconciliation of a promotion, by its attempt.
+    PushRead(u64),
+    /// A write from the primary.
+    PeerWrite(Reply, Seq),
+    /// A resync write from the primary.
+    PeerSync(Reply, u64),
+    /// Nobody waits for it any more.
+    Nobody,
+}
+
+/// Where an answer goes: dropped when the link is not the same any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Reply {
+    pub(crate) peer: NodeId,
+    pub(crate) link: u64,
+    pub(crate) epoch: Epoch,
+}
+
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) blocks: BlockRange,
+    /// What to write; `None` for a read, and once it was handed to the disk.
+    body: Option<Body>,
+    fua: bool,
+    pub(crate) owner: Owner,
+    pub(crate) stage: Stage,
+    write: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stage {
+    /// Waits for overlapping jobs.
+    Gate,
+    /// Waits for its regions to be hot.
+    Activity,
+    /// On the disk.
+    Disk,
+    /// Waits for the flush.
+    Flush,
+    /// Done here; its owner keeps it in the gate.
+    Held,
+}
+
+/// All jobs.
+#[derive(Debug, Default)]
+pub(crate) struct Jobs {
+    last: u64,
+    pub(crate) table: BTreeMap<JobId, Job>,
+}
+
+impl Job {
+    fn regions(&self) -> impl Iterator<Item = Region> + use<> {
+        Layout::regions(self.blocks)
+    }
+
+    /// Whether it holds pins on its regions.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.write && matches!(self.stage, Stage::Disk | Stage::Flush | Stage::Held)
+    }
+
+    fn is_from_peer(&self) -> bool {
+        matches!(self.owner, Owner::PeerWrite(..) | Owner::PeerSync(..))
+    }
+}
+
+impl Jobs {
+    /// The next id to be given: jobs below it are older than what comes next.
+    pub(crate) fn next_id(&self) -> JobId {
+        JobId(self.last + 1)
+    }
+
+    /// Whether a peer's job older than `limit` is not done.
+    pub(crate) fn has_peer_job_before(&self, limit: JobId) -> bool {
+        self.table.range(..limit).any(|(_, job)| job.is_from_peer())
+    }
+}
+
+impl Machine {
+    /// Starts a read of whole blocks.
+    pub(crate) fn read_blocks(&mut self, cx: &mut Cx<'_>, blocks: BlockRange, owner: Owner) {
+        self.start_job(
+            cx,
+            Job {
+                blocks,
+                body: None,
+                fua: false,
+                owner,
+                stage: Stage::Gate,
+                write: false,
+            },
+        );
+    }
+
+    /// Starts a write of whole blocks. With `fua` it is done when it is on stable storage.
+    pub(crate) fn write_blocks(
+        &mut self,
+        cx: &mut Cx<'_>,
+        blocks: BlockRange,
+        body: Body,
+        fua: bool,
+        owner: Owner,
+    ) {
+        self.start_job(
+            cx,
+            Job {
+                blocks,
+                body: Some(body),
+                fua,
+                owner,
+                stage: Stage::Gate,
+                write: true,
+            },
+        );
+    }
+
+    fn start_job(&mut self, cx: &mut Cx<'_>, job: Job) {
+        let id = self.jobs.next_id();
+        self.jobs.last = id.0;
+        let access = if job.write {
+            Access::Exclusive
+        } else {
+            Access::Shared
+        };
+        let granted = self.gate.enter(id, job.blocks, access);
+        self.jobs.table.insert(id, job);
+        if granted {
+            self.job_granted(cx, id);
+        }
+    }
+
+    fn job_granted(&mut self, cx: &mut Cx<'_>, id: JobId) {
+        let Some(job) = self.jobs.table.get_mut(&id) else {
+            return;
+        };
+        if !job.write {
+            job.stage = Stage::Disk;
+            let kind = DiskOpKind::Read(job.blocks.bytes());
+            self.ops.start(cx, kind, OpUse::Job(id));
+            return;
+        }
+        job.stage = Stage::Activity;
+        let regions = job.regions().collect();
+        if self.meta.activity.pin_or_wait(id, regions) {
+            self.job_hot(cx, id);
+        }
+    }
+
+    /// The job's regions are hot and pinned: nothing stands between it and the disk.
+    pub(crate) fn job_hot(&mut self, cx: &mut Cx<'_>, id: JobId) {
+        let Some(job) = self.jobs.table.get_mut(&id) else {
+            return;
+        };
+        job.stage = Stage::Disk;
+        let Some(body) = job.body.take() else {
+            return;
+        };
+        let (owner, blocks, fua) = (job.owner, job.blocks, job.fua);
+        if let Owner::AppWrite(request) = owner {
+            // The peers get it before the local disk: their way is longer.
+            self.issue_write(cx, id, request, blocks, &body, fua);
+        }
+        let kind = match body {
+            Body::Data(data) => DiskOpKind::Write {
+                offset: blocks.bytes().offset,
+                data,
+            },
+            Body::Zeroes => DiskOpKind::Zero(blocks.bytes()),
+        };
+        self.ops.start(cx, kind, OpUse::Job(id));
+    }
+
+    /// The disk did the job's operation.
+    pub(crate) fn job_disk_done(&mut self, cx: &mut Cx<'_>, id: JobId, data: Option<Bytes>) {
+        let Some(job) = self.jobs.table.get_mut(&id) else {
+            return;
+        };
+        if job.fua && job.owner != Owner::Nobody {
+            job.stage = Stage::Flush;
+            self.flush(cx, FlushFor::Job(id));
+        } else {
+            self.job_done(cx, id, data);
+        }
+    }
+
+    fn job_done(&mut self, cx: &mut Cx<'_>, id: JobId, data: Option<Bytes>) {
+        let Some(job) = self.jobs.table.get_mut(&id) else {
+            return;
+        };
+        job.stage = Stage::Held;
+        let (owner, blocks) = (job.owner, job.blocks);
+        match owner {
+            Owner::Write(seq) => self.local_write_done(cx, seq),
+            Owner::PeerWrite(reply, seq) => {
+                self.end_job(cx, id);
+                self.peer_write_done(cx, reply, seq);
+            }
+            Owner::PeerSync(reply, sync_id) => {
+                self.end_job(cx, id);
+                self.peer_sync_done(cx, reply, sync_id);
+            }
+            Owner::AppRead(request) => {
+                self.end_job(cx, id);
+                self.app_read_done(cx, request, blocks, data.unwrap_or_default());
+            }
+            // Sent before the gate opens: a write to the same blocks must come after it.
+            Owner::SyncRead(peer) => {
+                self.sync_read_done(cx, peer, blocks, data.unwrap_or_default());
+                self.end_job(cx, id);
+            }
+            Owner::PushRead(attempt) => {
+                self.push_read_done(cx, attempt, blocks, data.unwrap_or_default());
+                self.end_job(cx, id);
+            }
+            Owner::Nobody | Owner::AppWrite(_) => self.end_job(cx, id),
+        }
+    }
+
+    /// Takes a job that is not on the disk out of the gate and unpins its regions.
+    pub(crate) fn end_job(&mut self, cx: &mut Cx<'_>, id: JobId) {
+        self.open_gate(cx, id);
+        self.forget_job(id);
+    }
+
+    /// Lets overlapping jobs pass; the job keeps its pins.
+    pub(crate) fn open_gate(&mut self, cx: &mut Cx<'_>, id: JobId) {
+        for next in self.gate.leave(id) {
+            self.job_granted(cx, next);
+        }
+    }
+
+    /// Drops a job that has left the gate, and its pins.
+    pub(crate) fn forget_job(&mut self, id: JobId) {
+        if let Some(job) = self.jobs.table.remove(&id) {
+            if job.is_pinned() {
+                self.meta.activity.unpin(job.regions());
+            } else {
+                self.meta.activity.forget(id);
+            }
+        }
+    }
+
+    /// Its owner is gone: cancelled if the disk has not seen it, else it runs to its end for
+    /// nobody.
+    pub(crate) fn abandon_job(&mut self, cx: &mut Cx<'_>, id: JobId) {
+        let Some(job) = self.jobs.table.get_mut(&id) else {
+            return;
+        };
+        match job.stage {
+            Stage::Disk => job.owner = Owner::Nobody,
+            Stage::Gate | Stage::Activity | Stage::Flush | Stage::Held => self.end_job(cx, id),
+        }
+    }
+
+    /// Abandons all jobs of the owners for which `which` is true.
+    pub(crate) fn abandon_jobs(&mut self, cx: &mut Cx<'_>, which: impl Fn(&Owner) -> bool) {
+        // The newest first: else the gate would let a job pass that is about to be cancelled.
+        let jobs = self.jobs.table.iter().rev();
+        let ids: Vec<JobId> = jobs
+            .filter(|(_, job)| which(&job.owner))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in ids {
+            self.abandon_job(cx, id);
+        }
+    }
+}
+
+/// What waits for a flush.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum FlushFor {
+    /// A FUA write.
+    Job(JobId),
+    /// An application's flush, by its number.
+    App(u64),
+    /// A flush for the primary.
+    Peer(Reply, u64),
+}
+
+/// Data flushes: one under way; whoever comes meanwhile shares the next, since a flush covers
+/// only what was complete when it began.
+#[derive(Debug, Default)]
+pub(crate) struct Flusher {
+    under_way: Option<Vec<FlushFor>>,
+    next: Vec<FlushFor>,
+}
+
+impl Machine {
+    pub(crate) fn flush(&mut self, cx: &mut Cx<'_>, who: FlushFor) {
+        self.flusher.next.push(who);
+        self.start_flush(cx);
+    }
+
+    fn start_flush(&mut self, cx: &mut Cx<'_>) {
+        if self.flusher.under_way.is_none() && !self.flusher.next.is_empty() {
+            self.flusher.under_way = Some(std::mem::take(&mut self.flusher.next));
+            self.ops.start(cx, DiskOpKind::Flush, OpUse::Flush);
+        }
+    }
+
+    /// The flush under way is done.
+    pub(crate) fn flush_done(&mut self, cx: &mut Cx<'_>) {
+        for who in self.flusher.under_way.take().unwrap_or_default() {
+            match who {
+                FlushFor::Job(id) => self.job_done(cx, id, None),
+                FlushFor::App(number) => self.local_flush_done(cx, number),
+                FlushFor::Peer(reply, id) => self.peer_flush_done(cx, reply, id),
+            }
+        }
+        self.start_flush(cx);
+    }
+}

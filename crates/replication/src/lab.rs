@@ -1,0 +1,46 @@
+//! What only a laboratory sets: the simulator runs engines with a small activity log, so that
+//! regions get cold within seconds, and with bugs planted on purpose, to prove that its checkers
+//! see. Production engines are made by `Engine::new` and have neither; the planted bugs are
+//! compiled in only with the feature `planted-bugs`.
+
+use crate::activity::HOT_MAX;
+
+/// Settings of an engine that production never changes.
+#[derive(Clone, Copy, Debug)]
+pub struct Lab {
+    /// Regions that the activity log holds at most; at least 2, a write may touch two.
+    pub hot_regions_max: usize,
+    /// A bug.
+    pub planted: Option<PlantedBug>,
+}
+
+impl Default for Lab {
+    fn default() -> Self {
+        Self {
+            hot_regions_max: HOT_MAX,
+            planted: None,
+        }
+    }
+}
+
+/// A bug that breaks one rule of DESIGN section 3.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PlantedBug {
+    /// A member whose link is lost is not waited for, although its leave is not committed (rule 2).
+    AckBeforeLeaveCommitted,
+    /// A dirty mark is cleared when the block is sent (rule 5).
+    ClearDirtyWithoutAck,
+    /// A region counts as hot while its transaction is still being written (rule 6).
+    SkipActivityWait,
+    /// A promoted node opens without bringing the members' tails into line (rule 3).
+    OpenBeforeReconcile,
+    /// Messages of a primary that was replaced are not refused (rule 1).
+    IgnoreLowerEpoch,
+}
+
+impl Lab {
+    /// Whether this bug was planted.
+    pub(crate) fn has(self, bug: PlantedBug) -> bool {
+        cfg!(feature = "planted-bugs") && self.planted == Some(bug)
+    }
+}

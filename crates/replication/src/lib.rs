@@ -1,0 +1,41 @@
+//! The replication engine: one sans-IO state machine per volume and node.
+//!
+//! Call [`Engine::handle`] with an [`Input`] and the time; it runs to its end and leaves
+//! [`Effect`]s to be carried out in order. It never blocks, reads no clock, draws no random
+//! number. The data path drives it in production, `testing/sim` in simulation; both only move
+//! bytes. `docs/protocol.md` explains the protocol.
+//!
+//! Where to start: [`io`] for what goes in and out; `machine` for the state and the dispatch;
+//! `primary`, `sync` and `promotion` for a reign, `secondary` for the other side of it; `jobs`,
+//! `gate` and `activity` for local I/O; `metadata` for what is on disk, and when; `invariants`
+//! for the rules.
+
+#![forbid(unsafe_code)]
+
+mod activity;
+mod attach;
+mod bitmap;
+mod engine;
+mod gate;
+mod invariants;
+pub mod io;
+mod jobs;
+pub mod lab;
+mod link;
+mod machine;
+mod metadata;
+mod ops;
+mod primary;
+mod promotion;
+mod proposals;
+mod requests;
+mod secondary;
+mod status;
+mod sync;
+mod tail;
+
+pub use engine::Engine;
+pub use io::{
+    AppRequest, DiskError, DiskOp, DiskOpKind, DiskReply, DiskState, Effect, EngineConfig,
+    EngineStatus, Input, OpId, PeerState, ReplyError, RequestId, VolumeEvent,
+};

@@ -1,0 +1,482 @@
+//! The primary's reign: writes with their positions, who must acknowledge them, flushes, and the
+//! end of the reign.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use relevo_types::{BlockRange, Epoch, NodeId, Seq, Time};
+use relevo_wire::{Body, Message};
+
+use crate::{
+    io::{Effect, ReplyError, RequestId, VolumeEvent},
+    jobs::{FlushFor, JobId, Owner},
+    lab::PlantedBug,
+    machine::{Machine, Role, mask, slots_of},
+    ops::Cx,
+    sync::Stage,
+};
+
+/// When no write carries the complete position, it is sent by itself after this time.
+const IDLE_COMPLETE: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// State of a reign.
+#[derive(Debug)]
+pub(crate) struct Primary {
+    /// The epoch in force: committed, and durable here.
+    pub(crate) epoch: Epoch,
+    /// Its in-sync set.
+    pub(crate) in_sync: BTreeSet<NodeId>,
+    /// Joins that were proposed and may yet be committed, with the epoch that they expect.
+    pub(crate) pending_joins: BTreeMap<NodeId, Epoch>,
+    pub(crate) last_seq: Seq,
+    /// Every write at or below it is acknowledged by all that must.
+    pub(crate) complete: Seq,
+    /// Writes that somebody did not acknowledge yet.
+    pub(crate) writes: BTreeMap<Seq, Write>,
+    pub(crate) incomplete: BTreeSet<Seq>,
+    /// Bytes of `writes`.
+    pub(crate) write_bytes: u64,
+    pub(crate) flushes: BTreeMap<u64, PendingFlush>,
+    pub(crate) demotion: Demotion,
+    /// When to send the complete position by itself.
+    pub(crate) complete_due: Option<Time>,
+}
+
+/// A write under way.
+#[derive(Debug)]
+pub(crate) struct Write {
+    pub(crate) epoch: Epoch,
+    pub(crate) blocks: BlockRange,
+    request: RequestId,
+    job: JobId,
+    pub(crate) local_done: bool,
+    /// Slots that it was sent to and that owe the acknowledgement.
+    pub(crate) unacked: u8,
+    /// Slots that acknowledged it.
+    pub(crate) acked: u8,
+    pub(crate) complete: bool,
+    pub(crate) since: Time,
+}
+
+/// An application's flush, or the last one before a step-down.
+#[derive(Debug)]
+pub(crate) struct PendingFlush {
+    request: Option<RequestId>,
+    local_done: bool,
+    acked: u8,
+    pub(crate) since: Time,
+}
+
+/// How far a planned step-down is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Demotion {
+    None,
+    /// Everything is answered; the last flush is under way.
+    Flushing,
+    /// Everything is durable everywhere; only the commit is missing.
+    Proposing,
+}
+
+impl Primary {
+    pub(crate) fn new(epoch: Epoch, in_sync: BTreeSet<NodeId>) -> Self {
+        Self {
+            epoch,
+            in_sync,
+            pending_joins: BTreeMap::new(),
+            last_seq: Seq(0),
+            complete: Seq(0),
+            writes: BTreeMap::new(),
+            incomplete: BTreeSet::new(),
+            write_bytes: 0,
+            flushes: BTreeMap::new(),
+            demotion: Demotion::None,
+            complete_due: None,
+        }
+    }
+
+    /// Whether a peer's acknowledgement is awaited.
+    pub(crate) fn awaits(&self, slot: u8) -> bool {
+        self.flushes.values().any(|flush| flush.acked & slot == 0)
+            || self.writes.values().any(|write| write.unacked & slot != 0)
+    }
+}
+
+impl Machine {
+    /// The reign, if there is one.
+    pub(crate) fn primary(&self) -> Option<&Primary> {
+        match &self.role {
+            Role::Primary(primary) => Some(primary),
+            Role::Secondary | Role::Promoting(_) | Role::Yielding => None,
+        }
+    }
+
+    pub(crate) fn primary_mut(&mut self) -> Option<&mut Primary> {
+        match &mut self.role {
+            Role::Primary(primary) => Some(primary),
+            Role::Secondary | Role::Promoting(_) | Role::Yielding => None,
+        }
+    }
+
+    /// The slots whose acknowledgement a write needs besides the local disk's: the committed
+    /// in-sync set, and whoever is about to join it or may have joined it already.
+    pub(crate) fn required(&self) -> u8 {
+        let Some(primary) = self.primary() else {
+            return 0;
+        };
+        let joining = self.links.iter().filter_map(|(peer, link)| {
+            let stage = &link.session.as_ref()?.stage;
+            matches!(stage, Stage::Barrier(_) | Stage::Joining | Stage::InSync).then_some(peer)
+        });
+        let waits = !self.lab.has(PlantedBug::AckBeforeLeaveCommitted);
+        let has_session = |node: &NodeId| {
+            self.links
+                .get(node)
+                .is_some_and(|link| link.session.is_some())
+        };
+        let slots = primary
+            .in_sync
+            .iter()
+            .filter(|node| waits || has_session(node))
+            .chain(primary.pending_joins.keys())
+            .chain(joining)
+            .filter_map(|node| self.slot(*node));
+        slots.fold(0, |all, slot| all | mask(slot)) & !mask(self.meta.own_slot())
+    }
+
+    /// Peers with a session, and their slots.
+    pub(crate) fn sessions(&self) -> Vec<(NodeId, u8)> {
+        self.links
+            .iter()
+            .filter(|(_, link)| link.session.is_some())
+            .filter_map(|(peer, _)| Some((*peer, mask(self.slot(*peer)?))))
+            .collect()
+    }
+
+    /// Gives a write its position and routes it: each other replica either is sent it, and its
+    /// acknowledgement is awaited, or has its blocks marked dirty.
+    pub(crate) fn issue_write(
+        &mut self,
+        cx: &mut Cx<'_>,
+        job: JobId,
+        request: RequestId,
+        blocks: BlockRange,
+        body: &Body,
+        fua: bool,
+    ) {
+        let sessions = self.sessions();
+        let others = self.other_slots();
+        let sent = sessions.iter().fold(0, |all, (_, slot)| all | slot);
+        let slot_of = |node: &NodeId| self.slot(*node).map_or(0, mask);
+        let Some(primary) = self.primary() else {
+            return;
+        };
+        let in_sync = primary
+            .in_sync
+            .iter()
+            .map(slot_of)
+            .fold(0, |all, slot| all | slot);
+        // A peer that is being resynced gets the write, but nothing waits for it: whoever takes
+        // over must know that it may lack it.
+        let dirty_for = others & !(sent & in_sync);
+        self.mark_dirty(others & !sent, blocks);
+        let Some(primary) = self.primary_mut() else {
+            return;
+        };
+        let seq = primary.last_seq.next();
+        let (epoch, complete) = (primary.epoch, primary.complete);
+        primary.last_seq = seq;
+        primary.incomplete.insert(seq);
+        primary.write_bytes += blocks.bytes().len;
+        let write = Write {
+            epoch,
+            blocks,
+            request,
+            job,
+            local_done: false,
+            unacked: sent,
+            acked: 0,
+            complete: false,
+            since: cx.now,
+        };
+        primary.writes.insert(seq, write);
+        if let Some(job) = self.jobs.table.get_mut(&job) {
+            job.owner = Owner::Write(seq);
+        }
+        for (peer, slot) in sessions {
+            let write = Message::Write {
+                epoch,
+                seq,
+                complete,
+                range: blocks.bytes(),
+                body: body.clone(),
+                fua,
+                dirty_for: dirty_for & !slot,
+            };
+            self.told_complete(peer, complete);
+            self.send(cx, peer, write);
+        }
+    }
+
+    fn told_complete(&mut self, peer: NodeId, complete: Seq) {
+        if let Some(session) = self
+            .links
+            .get_mut(&peer)
+            .and_then(|link| link.session.as_mut())
+        {
+            session.told_complete = complete;
+        }
+    }
+
+    pub(crate) fn local_write_done(&mut self, cx: &mut Cx<'_>, seq: Seq) {
+        if let Some(write) = self.primary_mut().and_then(|p| p.writes.get_mut(&seq)) {
+            write.local_done = true;
+            self.update_write(cx, seq);
+        }
+    }
+
+    pub(crate) fn write_acked(&mut self, cx: &mut Cx<'_>, peer: NodeId, epoch: Epoch, seq: Seq) {
+        let Some(slot) = self.slot(peer) else {
+            return;
+        };
+        let Some(write) = self.primary_mut().and_then(|p| p.writes.get_mut(&seq)) else {
+            return;
+        };
+        if write.epoch != epoch || write.unacked & mask(slot) == 0 {
+            return;
+        }
+        write.unacked &= !mask(slot);
+        write.acked |= mask(slot);
+        let blocks = write.blocks;
+        // The peer has these blocks whole. A later write to them that it was not sent would have
+        // ended its session, and with it this acknowledgement.
+        self.meta.bitmaps.clear(slot, blocks);
+        self.update_write(cx, seq);
+    }
+
+    /// Completes a write that all have that must; forgets one that all have.
+    fn update_write(&mut self, cx: &mut Cx<'_>, seq: Seq) {
+        let required = self.required();
+        let Some(primary) = self.primary_mut() else {
+            return;
+        };
+        let Some(write) = primary.writes.get_mut(&seq) else {
+            return;
+        };
+        let (job, request, blocks) = (write.job, write.request, write.blocks);
+        let all_have_it = write.local_done && write.unacked == 0;
+        let now_complete = !write.complete && write.local_done && required & !write.acked == 0;
+        write.complete |= now_complete;
+        let complete = write.complete;
+        if now_complete {
+            primary.incomplete.remove(&seq);
+            primary.complete = primary
+                .incomplete
+                .first()
+                .map_or(primary.last_seq, |first| Seq(first.0 - 1));
+            primary.complete_due.get_or_insert(cx.now + IDLE_COMPLETE);
+        }
+        if complete && all_have_it {
+            primary.writes.remove(&seq);
+            primary.write_bytes -= blocks.bytes().len;
+        }
+        if now_complete {
+            self.open_gate(cx, job);
+        }
+        if complete && all_have_it {
+            self.forget_job(job);
+        }
+        if now_complete {
+            self.piece_done(cx, request, blocks);
+        }
+    }
+
+    /// Looks again at everything that waits for acknowledgements, after a change of who must.
+    pub(crate) fn update_all(&mut self, cx: &mut Cx<'_>) {
+        let Some(primary) = self.primary() else {
+            return;
+        };
+        let seqs: Vec<Seq> = primary.writes.keys().copied().collect();
+        let flushes: Vec<u64> = primary.flushes.keys().copied().collect();
+        for seq in seqs {
+            self.update_write(cx, seq);
+        }
+        for id in flushes {
+            self.update_flush(cx, id);
+        }
+    }
+
+    /// Starts a flush of everything acknowledged so far, here and on every member.
+    pub(crate) fn start_app_flush(&mut self, cx: &mut Cx<'_>, request: Option<RequestId>) {
+        let id = self.next_id();
+        let required = self.required();
+        let sessions = self.sessions();
+        let Some(primary) = self.primary_mut() else {
+            return;
+        };
+        let flush = PendingFlush {
+            request,
+            local_done: false,
+            acked: 0,
+            since: cx.now,
+        };
+        primary.flushes.insert(id, flush);
+        let epoch = primary.epoch;
+        for (peer, slot) in sessions {
+            if slot & required != 0 {
+                self.send(cx, peer, Message::Flush { epoch, id });
+            }
+        }
+        self.flush(cx, FlushFor::App(id));
+    }
+
+    /// Asks a peer that is about to be required for the flushes under way too.
+    pub(crate) fn send_pending_flushes(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        let Some(primary) = self.primary() else {
+            return;
+        };
+        let epoch = primary.epoch;
+        for id in primary.flushes.keys().copied().collect::<Vec<_>>() {
+            self.send(cx, peer, Message::Flush { epoch, id });
+        }
+    }
+
+    pub(crate) fn local_flush_done(&mut self, cx: &mut Cx<'_>, id: u64) {
+        if let Some(flush) = self.primary_mut().and_then(|p| p.flushes.get_mut(&id)) {
+            flush.local_done = true;
+            self.update_flush(cx, id);
+        }
+    }
+
+    pub(crate) fn flush_acked(&mut self, cx: &mut Cx<'_>, peer: NodeId, id: u64) {
+        let slot = self.slot(peer).map_or(0, mask);
+        if let Some(flush) = self.primary_mut().and_then(|p| p.flushes.get_mut(&id)) {
+            flush.acked |= slot;
+            self.update_flush(cx, id);
+        }
+    }
+
+    fn update_flush(&mut self, cx: &mut Cx<'_>, id: u64) {
+        let required = self.required();
+        let Some(primary) = self.primary_mut() else {
+            return;
+        };
+        let done = primary
+            .flushes
+            .get(&id)
+            .is_some_and(|flush| flush.local_done && required & !flush.acked == 0);
+        if done && let Some(flush) = primary.flushes.remove(&id) {
+            match flush.request {
+                Some(request) => self.reply(cx, request, Ok(bytes::Bytes::new())),
+                None => primary.demotion = Demotion::Proposing,
+            }
+        }
+    }
+
+    /// What the primary starts by itself.
+    pub(crate) fn settle_primary(&mut self, cx: &mut Cx<'_>) {
+        self.pump_requests(cx);
+        self.settle_sync(cx);
+        self.settle_demotion(cx);
+        self.settle_complete(cx);
+    }
+
+    fn settle_demotion(&mut self, cx: &mut Cx<'_>) {
+        if !self.stepping_down || !self.requests.is_empty() {
+            return;
+        }
+        let Some(primary) = self.primary_mut() else {
+            return;
+        };
+        if primary.demotion == Demotion::None && primary.incomplete.is_empty() {
+            primary.demotion = Demotion::Flushing;
+            primary.complete_due = Some(cx.now);
+            self.start_app_flush(cx, None);
+        }
+    }
+
+    fn settle_complete(&mut self, cx: &mut Cx<'_>) {
+        let Some(primary) = self.primary_mut() else {
+            return;
+        };
+        if primary.complete_due.is_none_or(|due| cx.now < due) {
+            return;
+        }
+        primary.complete_due = None;
+        let (epoch, seq) = (primary.epoch, primary.complete);
+        for (peer, _) in self.sessions() {
+            let session = self
+                .links
+                .get_mut(&peer)
+                .and_then(|link| link.session.as_mut());
+            if session.is_some_and(|session| session.told_complete < seq) {
+                self.told_complete(peer, seq);
+                self.send(cx, peer, Message::Complete { epoch, seq });
+            }
+        }
+    }
+
+    /// Ends whatever this node was as primary: nothing is acknowledged any more, requests are
+    /// answered with errors, and what may differ elsewhere is remembered as uncertain.
+    pub(crate) fn close(&mut self, cx: &mut Cx<'_>, reason: &str) {
+        if matches!(self.role, Role::Secondary) {
+            return;
+        }
+        // First of all: from here on nothing gets acknowledged.
+        let role = std::mem::replace(&mut self.role, Role::Secondary);
+        for link in self.links.values_mut() {
+            link.session = None;
+        }
+        self.abandon_jobs(cx, |owner| {
+            matches!(
+                owner,
+                Owner::AppRead(_)
+                    | Owner::AppWrite(_)
+                    | Owner::Write(_)
+                    | Owner::SyncRead(_)
+                    | Owner::PushRead(_)
+            )
+        });
+        if let Role::Primary(primary) = role {
+            let own = self.meta.own_slot();
+            for write in primary.writes.values() {
+                self.mark_dirty(write.unacked, write.blocks);
+            }
+            for seq in &primary.incomplete {
+                if let Some(write) = primary.writes.get(seq) {
+                    self.meta.bitmaps.set(own, write.blocks);
+                }
+            }
+            let in_doubt: BTreeSet<RequestId> = primary
+                .incomplete
+                .iter()
+                .filter_map(|seq| primary.writes.get(seq))
+                .map(|write| write.request)
+                .collect();
+            for id in self.requests.drain() {
+                let error = if in_doubt.contains(&id) {
+                    ReplyError::Io
+                } else {
+                    ReplyError::NotPrimary
+                };
+                cx.emit(Effect::Reply {
+                    id,
+                    result: Err(error),
+                });
+            }
+            let reason = reason.to_owned();
+            cx.emit(Effect::Event(VolumeEvent::Closed { reason }));
+        }
+    }
+
+    /// Rule 5 for one write: every slot that must have it and does not owe or has it is marked.
+    pub(crate) fn sent_or_marked(&self, write: &Write, others: u8) -> Result<(), String> {
+        for slot in slots_of(others & !write.unacked & !write.acked) {
+            if !self.meta.bitmaps.of(slot).covers(write.blocks) {
+                return Err(format!(
+                    "a write to {:?} was neither sent to {slot:?} nor marked dirty for it",
+                    write.blocks
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,185 @@
+//! What an engine tells about itself, and what it waits for, in words.
+
+use std::collections::BTreeMap;
+
+use relevo_types::{NodeId, Time};
+
+use crate::{
+    io::{DiskState, Effect, EngineStatus, PeerState, VolumeEvent},
+    link::Part,
+    machine::{Detach, Machine, Role, mask},
+    ops::Cx,
+    sync::Stage,
+};
+
+impl Machine {
+    pub(crate) fn status(&self) -> EngineStatus {
+        EngineStatus {
+            open: self.is_open(),
+            disk: self.disk_state(),
+            epoch: self.meta.durable_epoch(),
+            certain: self.certain,
+            in_flight: self.requests.len(),
+            waiting: self.waiting(),
+            peers: self.peer_states(),
+        }
+    }
+
+    fn disk_state(&self) -> DiskState {
+        let member = self
+            .volume
+            .as_ref()
+            .is_some_and(|volume| volume.in_sync.contains(&self.node()));
+        if self.detach == Some(Detach::Done) {
+            DiskState::Diskless
+        } else if member {
+            DiskState::UpToDate
+        } else if self.meta.superblock.inconsistent {
+            DiskState::Inconsistent
+        } else {
+            DiskState::Outdated
+        }
+    }
+
+    fn peer_states(&self) -> BTreeMap<NodeId, PeerState> {
+        let reigning = self.reigning();
+        let mut peers: BTreeMap<NodeId, PeerState> = self
+            .volume
+            .iter()
+            .flat_map(|volume| volume.replicas.keys().copied())
+            .filter(|node| *node != self.node())
+            .map(|node| (node, PeerState::Connecting))
+            .collect();
+        for (peer, link) in &self.links {
+            let state = match link.session.as_ref().map(|session| session.stage) {
+                Some(Stage::InSync) => PeerState::Established,
+                Some(Stage::Starting | Stage::Copying | Stage::Barrier(_) | Stage::Joining) => {
+                    let dirty = self
+                        .slot(*peer)
+                        .map_or(0, |slot| self.meta.bitmaps.of(slot).count());
+                    PeerState::SyncSource { dirty }
+                }
+                None => match reigning {
+                    Some((primary, Part::Member)) if primary == *peer => PeerState::Established,
+                    Some((primary, Part::Target)) if primary == *peer => PeerState::SyncTarget,
+                    _ if link.hello.is_some() => PeerState::Connected,
+                    _ => PeerState::Connecting,
+                },
+            };
+            peers.insert(*peer, state);
+        }
+        peers
+    }
+
+    /// Tells what is new of the peers; progress of a resync is in the status only.
+    pub(crate) fn tell_peer_states(&mut self, cx: &mut Cx<'_>) {
+        let states = self.peer_states();
+        let same =
+            |a: &PeerState, b: &PeerState| std::mem::discriminant(a) == std::mem::discriminant(b);
+        for (node, state) in &states {
+            let told = self.told_peers.get(node).copied().unwrap_or_default();
+            if !same(&told, state) {
+                cx.emit(Effect::Event(VolumeEvent::Peer {
+                    node: *node,
+                    state: *state,
+                }));
+            }
+        }
+        self.told_peers = states;
+    }
+
+    /// What is waited for, for whom, since when.
+    fn waiting(&self) -> Option<String> {
+        let words = match &self.role {
+            Role::Secondary => return None,
+            Role::Yielding => vec![
+                "another in-sync replica to take over: this one restarted uncleanly and may lack acknowledged writes".to_owned(),
+            ],
+            Role::Promoting(promotion) => {
+                let missing = names(&promotion.missing());
+                let mut words = Vec::new();
+                if missing.is_empty() {
+                    words.push("the replicas to agree on the last writes".to_owned());
+                } else {
+                    words.push(format!(
+                        "in-sync replica {missing} to tell its last writes, since {:?}",
+                        promotion.since
+                    ));
+                }
+                words
+            }
+            Role::Primary(_) => self.primary_waiting(),
+        };
+        let words: Vec<String> = words.into_iter().chain(self.proposals.words()).collect();
+        (!words.is_empty()).then(|| format!("waits for {}", words.join("; for ")))
+    }
+
+    fn primary_waiting(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        let Some(primary) = self.primary() else {
+            return words;
+        };
+        if let Some(volume) = &self.volume
+            && primary.epoch < volume.epoch
+        {
+            words.push(format!("epoch {} to get durable here", volume.epoch));
+        }
+        let required = self.required();
+        let oldest = primary
+            .incomplete
+            .first()
+            .and_then(|seq| primary.writes.get(seq))
+            .filter(|write| write.local_done);
+        if let Some(write) = oldest {
+            let who = self.nodes_of(required & !write.acked);
+            words.push(format!(
+                "replica {who} to have a write, since {:?}",
+                write.since
+            ));
+        } else if let Some(flush) = primary.flushes.values().next() {
+            words.push(format!("a flush everywhere, since {:?}", flush.since));
+        }
+        if self.requests.parked() > 0 {
+            words.push(format!(
+                "a valid lease, to answer {} reads (the last ended at {:?})",
+                self.requests.parked(),
+                self.lease_until
+            ));
+        }
+        words
+    }
+
+    fn nodes_of(&self, slots: u8) -> String {
+        let nodes: Vec<NodeId> = self
+            .volume
+            .iter()
+            .flat_map(|volume| &volume.replicas)
+            .filter(|(_, replica)| mask(replica.slot) & slots != 0)
+            .map(|(node, _)| *node)
+            .collect();
+        names(&nodes)
+    }
+
+    /// When something is due by time alone.
+    pub(crate) fn deadline(&self) -> Time {
+        let promotion = match &self.role {
+            Role::Promoting(promotion) if !promotion.patience_over => {
+                promotion.since + self.patience()
+            }
+            _ => Time::NEVER,
+        };
+        let complete = self
+            .primary()
+            .and_then(|primary| primary.complete_due)
+            .unwrap_or(Time::NEVER);
+        self.links_deadline()
+            .min(self.proposals.deadline())
+            .min(promotion)
+            .min(complete)
+    }
+}
+
+fn names(nodes: &[NodeId]) -> String {
+    let names: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+    names.join(", ")
+}

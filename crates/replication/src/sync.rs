@@ -1,0 +1,338 @@
+//! The primary's side of a session with a peer: resync of what is dirty, the barrier at its end,
+//! and the way into the in-sync set.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use relevo_types::{BlockRange, Epoch, NodeId, Seq};
+use relevo_wire::{Body, Message};
+
+use crate::{
+    bitmap::Blocks,
+    jobs::Owner,
+    lab::PlantedBug,
+    machine::{Machine, is_zero, mask, slots_of},
+    ops::Cx,
+    secondary::RUNS_PER_MESSAGE,
+};
+
+/// Blocks of one resync write: 128 KiB, a good size for disks, small enough not to delay
+/// application writes to the same blocks.
+pub(crate) const CHUNK_BLOCKS: u64 = 32;
+
+/// A session: from its begin every write is sent to the peer.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) stage: Stage,
+    /// The epoch of its begin, echoed in `Uncertain`.
+    epoch: Epoch,
+    /// Where the search for dirty blocks goes on.
+    cursor: u64,
+    /// Being read or sent.
+    busy: Blocks,
+    reads: BTreeSet<BlockRange>,
+    sent: BTreeMap<u64, BlockRange>,
+    /// The complete position that the peer was told last.
+    pub(crate) told_complete: Seq,
+}
+
+/// How far a session is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stage {
+    /// The peer was asked what is uncertain.
+    Starting,
+    /// Dirty blocks are copied.
+    Copying,
+    /// Nothing is dirty; the barrier with this id is on its way. The peer is required from now on.
+    Barrier(u64),
+    /// The barrier was passed; the join is to be committed.
+    Joining,
+    /// In the in-sync set.
+    InSync,
+}
+
+impl Session {
+    fn new(stage: Stage, epoch: Epoch) -> Self {
+        Self {
+            stage,
+            epoch,
+            cursor: 0,
+            busy: Blocks::default(),
+            reads: BTreeSet::new(),
+            sent: BTreeMap::new(),
+            told_complete: Seq(0),
+        }
+    }
+
+    /// A session with a member whose tail was reconciled.
+    pub(crate) fn in_sync(epoch: Epoch) -> Self {
+        Self::new(Stage::InSync, epoch)
+    }
+
+    /// Whether the peer owes an answer about the resync.
+    pub(crate) fn owes(&self) -> bool {
+        matches!(self.stage, Stage::Starting | Stage::Barrier(_)) || !self.sent.is_empty()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.reads.is_empty() && self.sent.is_empty()
+    }
+
+    /// The next dirty run that is not under way.
+    fn next_chunk(&mut self, dirty: &Blocks) -> Option<BlockRange> {
+        let mut wrapped = self.cursor == 0;
+        loop {
+            let Some(run) = dirty.next_run(self.cursor, CHUNK_BLOCKS) else {
+                if wrapped {
+                    return None;
+                }
+                wrapped = true;
+                self.cursor = 0;
+                continue;
+            };
+            match self.busy.next_run(run.first, CHUNK_BLOCKS) {
+                Some(busy) if busy.first == run.first => self.cursor = busy.end(),
+                Some(busy) if busy.first < run.end() => {
+                    self.cursor = busy.end();
+                    return Some(BlockRange::new(run.first, busy.first - run.first));
+                }
+                _ => {
+                    self.cursor = run.end();
+                    return Some(run);
+                }
+            }
+        }
+    }
+}
+
+impl Machine {
+    fn session_mut(&mut self, peer: NodeId) -> Option<&mut Session> {
+        self.links.get_mut(&peer)?.session.as_mut()
+    }
+
+    /// Begins sessions, copies, ends resyncs.
+    pub(crate) fn settle_sync(&mut self, cx: &mut Cx<'_>) {
+        for peer in self.links.keys().copied().collect::<Vec<_>>() {
+            if self.may_start_sync(peer) {
+                self.begin_session(cx, peer);
+            }
+            self.copy(cx, peer);
+            self.end_copy(cx, peer);
+        }
+    }
+
+    /// A replica outside the in-sync set, of which no join may yet be committed, greeted and not
+    /// ahead of us.
+    fn may_start_sync(&self, peer: NodeId) -> bool {
+        let (Some(primary), Some(volume)) = (self.primary(), &self.volume) else {
+            return false;
+        };
+        let greeted = self.links.get(&peer).is_some_and(|link| {
+            link.session.is_none() && link.hello.is_some_and(|info| info.epoch <= primary.epoch)
+        });
+        greeted
+            && !self.stepping_down
+            && volume.epoch == primary.epoch
+            && volume.replicas.contains_key(&peer)
+            && !primary.in_sync.contains(&peer)
+            && !primary.pending_joins.contains_key(&peer)
+    }
+
+    fn begin_session(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
+            return;
+        };
+        if let Some(link) = self.links.get_mut(&peer) {
+            link.session = Some(Session::new(Stage::Starting, epoch));
+            self.send(cx, peer, Message::StartSync { epoch });
+        }
+    }
+
+    /// What the peer is not sure of is dirty for it.
+    pub(crate) fn uncertain(
+        &mut self,
+        peer: NodeId,
+        epoch: Epoch,
+        blocks: &[BlockRange],
+        last: bool,
+    ) {
+        let Some(slot) = self.slot(peer) else {
+            return;
+        };
+        let expected = self
+            .session_mut(peer)
+            .is_some_and(|session| session.stage == Stage::Starting && session.epoch == epoch);
+        if !expected {
+            return;
+        }
+        for run in blocks {
+            self.meta.bitmaps.set(slot, *run);
+        }
+        if let Some(session) = self.session_mut(peer).filter(|_| last) {
+            session.stage = Stage::Copying;
+        }
+    }
+
+    fn copy(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        let Some(slot) = self.slot(peer) else {
+            return;
+        };
+        let window = self.config.resync_window;
+        loop {
+            let dirty = self.meta.bitmaps.of(slot);
+            let Some(session) = self
+                .links
+                .get_mut(&peer)
+                .and_then(|link| link.session.as_mut())
+            else {
+                return;
+            };
+            let under_way = session.busy.count() * relevo_types::BLOCK_SIZE;
+            if session.stage != Stage::Copying || (under_way >= window && under_way > 0) {
+                return;
+            }
+            let Some(chunk) = session.next_chunk(dirty) else {
+                return;
+            };
+            session.busy.set(chunk, |_| {});
+            session.reads.insert(chunk);
+            self.read_blocks(cx, chunk, Owner::SyncRead(peer));
+        }
+    }
+
+    pub(crate) fn sync_read_done(
+        &mut self,
+        cx: &mut Cx<'_>,
+        peer: NodeId,
+        blocks: BlockRange,
+        data: Bytes,
+    ) {
+        let id = self.next_id();
+        let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
+            return;
+        };
+        let Some(session) = self.session_mut(peer) else {
+            return;
+        };
+        if !session.reads.remove(&blocks) {
+            return;
+        }
+        session.sent.insert(id, blocks);
+        if self.lab.has(PlantedBug::ClearDirtyWithoutAck)
+            && let Some(slot) = self.slot(peer)
+        {
+            self.meta.bitmaps.clear(slot, blocks);
+        }
+        let body = if is_zero(&data) {
+            Body::Zeroes
+        } else {
+            Body::Data(data)
+        };
+        let range = blocks.bytes();
+        self.send(
+            cx,
+            peer,
+            Message::SyncWrite {
+                epoch,
+                id,
+                range,
+                body,
+            },
+        );
+    }
+
+    pub(crate) fn sync_acked(&mut self, peer: NodeId, id: u64) {
+        let Some(slot) = self.slot(peer) else {
+            return;
+        };
+        let Some(session) = self.session_mut(peer) else {
+            return;
+        };
+        if let Some(blocks) = session.sent.remove(&id) {
+            session.busy.clear(blocks, |_| {});
+            self.meta.bitmaps.clear(slot, blocks);
+        }
+    }
+
+    /// When nothing is dirty and nothing under way: the barrier.
+    fn end_copy(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        let Some(slot) = self.slot(peer) else {
+            return;
+        };
+        let clean = self.meta.bitmaps.of(slot).is_empty();
+        let id = self.last_id + 1;
+        let Some(session) = self.session_mut(peer) else {
+            return;
+        };
+        if session.stage != Stage::Copying || !session.is_idle() || !clean {
+            return;
+        }
+        session.stage = Stage::Barrier(id);
+        self.last_id = id;
+        self.send_dirty_maps(cx, peer);
+        self.send_pending_flushes(cx, peer);
+        if let Some(epoch) = self.primary().map(|primary| primary.epoch) {
+            self.send(cx, peer, Message::Barrier { epoch, id });
+        }
+    }
+
+    /// What other replicas lack: the new member must be able to resync them after a failover.
+    fn send_dirty_maps(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
+            return;
+        };
+        let own = mask(self.meta.own_slot());
+        let others = self.other_slots() & !own & !self.slot(peer).map_or(0, mask);
+        for slot in slots_of(others) {
+            let runs: Vec<BlockRange> = self.meta.bitmaps.of(slot).runs(u64::MAX).collect();
+            for part in runs.chunks(RUNS_PER_MESSAGE) {
+                let blocks = part.to_vec();
+                self.send(
+                    cx,
+                    peer,
+                    Message::DirtyMap {
+                        epoch,
+                        slot,
+                        blocks,
+                    },
+                );
+            }
+        }
+    }
+
+    pub(crate) fn barrier_acked(&mut self, peer: NodeId, id: u64) {
+        if let Some(session) = self.session_mut(peer)
+            && session.stage == Stage::Barrier(id)
+        {
+            session.stage = Stage::Joining;
+        }
+    }
+
+    /// Forgets a session: what the peer did not acknowledge is dirty for it.
+    pub(crate) fn drop_session(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        let session = self
+            .links
+            .get_mut(&peer)
+            .and_then(|link| link.session.take());
+        if session.is_none() {
+            return;
+        }
+        self.abandon_jobs(cx, |owner| *owner == Owner::SyncRead(peer));
+        let Some(slot) = self.slot(peer) else {
+            return;
+        };
+        let mut unacked = Vec::new();
+        if let Some(primary) = self.primary_mut() {
+            for write in primary.writes.values_mut() {
+                if write.unacked & mask(slot) != 0 {
+                    write.unacked &= !mask(slot);
+                    unacked.push(write.blocks);
+                }
+            }
+        }
+        for blocks in unacked {
+            self.meta.bitmaps.set(slot, blocks);
+        }
+        self.update_all(cx);
+    }
+}

@@ -1,0 +1,56 @@
+//! In sync means equal (rules 4 and 11): when nothing is under way, a replica in the committed
+//! in-sync set has the bytes of the primary; once everything is healed, all replicas have.
+
+use relevo_types::NodeId;
+
+use super::{Verdict, Violation};
+use crate::{
+    disk::Disk,
+    stamp::{SECTORS_PER_BLOCK, WriteNo, read_block},
+};
+
+const RULE: &str = "replicas in the in-sync set are equal when quiet (rule 4)";
+
+/// Compares the data areas of two replicas.
+///
+/// # Errors
+/// They differ; names the first block.
+pub fn check(blocks: u64, one: (NodeId, &Disk), other: (NodeId, &Disk)) -> Verdict {
+    match differing(blocks, one.1, other.1).next() {
+        None => Ok(()),
+        Some(block) => {
+            let what = |(node, disk): (NodeId, &Disk)| {
+                let content = match disk.block(block) {
+                    None => Ok([WriteNo::ZERO; SECTORS_PER_BLOCK]),
+                    Some(bytes) => read_block(block, bytes),
+                };
+                match content {
+                    Ok(writes) => format!("{node} has writes {:?}", writes.map(|write| write.0)),
+                    Err(what) => format!("{node}: {what}"),
+                }
+            };
+            Err(Violation::new(
+                RULE,
+                format!("block {block}: {}; {}", what(one), what(other)),
+            ))
+        }
+    }
+}
+
+/// The blocks in which two disks differ.
+pub fn differing<'a>(
+    blocks: u64,
+    one: &'a Disk,
+    other: &'a Disk,
+) -> impl Iterator<Item = u64> + 'a {
+    let mut numbers: Vec<u64> = one
+        .blocks_below(blocks)
+        .chain(other.blocks_below(blocks))
+        .collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    numbers.into_iter().filter(|block| {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        one.block(*block).unwrap_or(&ZEROES) != other.block(*block).unwrap_or(&ZEROES)
+    })
+}

@@ -1,0 +1,498 @@
+//! Feeding engines and carrying out what they ask for; crashes between two effects of one input.
+
+use std::time::Duration;
+
+use relevo_replication::{DiskOp, DiskOpKind, Effect, Input, OpId, PeerState, VolumeEvent};
+use relevo_types::{ByteRange, NodeId, Time};
+use relevo_wire::{Message, Refusal};
+
+use super::{Cluster, Crash, Event, index_of};
+use crate::{
+    check::{Verdict, Violation, cold::Seen},
+    cluster::machine::Failing,
+    net::Index,
+};
+
+impl Cluster {
+    /// Gives an input to a node's engine, now or when its process goes on.
+    pub(super) fn feed(&mut self, node: Index, input: Input) -> Verdict {
+        let now = self.queue.now();
+        let machine = &mut self.machines[node];
+        let paused = machine.paused_until.is_some();
+        let local = now + machine.clock_offset;
+        let Some(process) = &mut machine.process else {
+            return Ok(());
+        };
+        if paused {
+            process.inbox.push_back(input);
+            return Ok(());
+        }
+        let Some(engine) = &mut process.engine else {
+            return Ok(());
+        };
+        if self.trace.is_on() {
+            self.trace
+                .node(now, node, || format!("< {}", input_words(&input)));
+        }
+        if let Input::Message {
+            message: Message::Tail {
+                blocks, certain, ..
+            },
+            ..
+        } = &input
+        {
+            if !certain {
+                self.marks
+                    .reached("reconciliation found a member that could not tell");
+            } else if !blocks.is_empty() {
+                self.marks.reached("reconciliation carried a tail");
+            }
+        }
+        let mut effects = Vec::new();
+        engine.handle(local, input, &mut effects);
+        // With debug assertions the engine looks by itself after every input, and panics.
+        if cfg!(not(debug_assertions))
+            && let Err(what) = engine.check_invariants()
+        {
+            return Err(Violation::new(
+                "the engine's own invariants",
+                format!("n{}: {what}", node + 1),
+            ));
+        }
+        let deadline = engine.deadline();
+        let incarnation = process.incarnation;
+        if deadline < process.tick_at {
+            process.tick_at = deadline;
+            // Never earlier than a moment ahead: an engine that asks for the past again and again
+            // shows as a run without an end, not as a hang.
+            let due = Time(deadline.0.saturating_sub(nanos(machine.clock_offset)));
+            self.queue.at(
+                due.max(now + Duration::from_micros(1)),
+                Event::Tick { node, incarnation },
+            );
+        }
+        self.carry_out(node, incarnation, effects)?;
+        self.tell_of_engine(node, None);
+        Ok(())
+    }
+
+    fn carry_out(&mut self, node: Index, incarnation: u64, effects: Vec<Effect>) -> Verdict {
+        let count = effects.len();
+        for (position, effect) in effects.into_iter().enumerate() {
+            if self.crash_is_due(node, &effect) {
+                if position > 0 && position < count {
+                    self.marks.reached("crash between two effects of one input");
+                }
+                return Ok(());
+            }
+            self.carry_out_one(node, incarnation, effect)?;
+        }
+        Ok(())
+    }
+
+    /// Crashes the node now if that was arranged. The effect is not carried out then.
+    fn crash_is_due(&mut self, node: Index, effect: &Effect) -> bool {
+        let machine = &mut self.machines[node];
+        let mut crash = None;
+        if let Some((left, kind)) = &mut machine.crash_in {
+            if *left == 0 {
+                crash = Some(*kind);
+            } else {
+                *left -= 1;
+            }
+        }
+        if matches!(effect, Effect::Disk(_)) {
+            if let Some(point) = self.scenario.crash_point
+                && point.node == node
+                && point.disk_effect == machine.disk_effects
+            {
+                crash = Some(if point.power {
+                    Crash::Power
+                } else {
+                    Crash::Process
+                });
+            }
+            machine.disk_effects += 1;
+        }
+        let Some(kind) = crash else { return false };
+        self.crash(node, kind);
+        let back = self.chance.trouble.millis(5, 900);
+        self.queue.after(back, Event::Start(node));
+        true
+    }
+
+    fn carry_out_one(&mut self, node: Index, incarnation: u64, effect: Effect) -> Verdict {
+        let now = self.queue.now();
+        if self.trace.is_on() {
+            self.trace
+                .node(now, node, || format!("> {}", effect_words(&effect)));
+        }
+        match effect {
+            Effect::Disk(op) => self.begin_disk(node, incarnation, op),
+            Effect::Send { peer, message } => {
+                self.send(node, peer, message);
+                Ok(())
+            }
+            Effect::CloseLink { peer, .. } => {
+                if self.machines[node]
+                    .process
+                    .as_ref()
+                    .is_some_and(|p| p.syncing)
+                {
+                    self.marks.reached("resync: link lost while it ran");
+                }
+                let due = now + self.message_delay();
+                if let Some((head, due)) = self.net.close(node, index_of(peer), due) {
+                    self.queue.at(due, Event::Arrive(head));
+                }
+                Ok(())
+            }
+            Effect::Reply { id, result } => self.reply(node, id, result),
+            Effect::Propose { expect, change } => {
+                self.propose(node, crate::control::volume_command(expect, change));
+                Ok(())
+            }
+            Effect::Event(event) => self.volume_event(node, event),
+        }
+    }
+
+    fn begin_disk(&mut self, node: Index, incarnation: u64, op: DiskOp) -> Verdict {
+        let now = self.queue.now();
+        let id = op.op;
+        let fails = match (self.machines[node].failing, &op.kind) {
+            (Some(Failing::Read), DiskOpKind::Read(_)) => Some("disk error on read"),
+            (Some(Failing::Write), DiskOpKind::Write { .. } | DiskOpKind::Zero(_)) => {
+                Some("disk error on write")
+            }
+            (Some(Failing::Flush), DiskOpKind::Flush) => Some("disk error on flush"),
+            _ => None,
+        };
+        if let Some(mark) = fails {
+            self.marks.reached(mark);
+            self.machines[node].failing = None;
+        }
+        let usual = self.scenario.disk_us;
+        let rng = &mut self.chance.disk;
+        let mut delay = rng.micros(20, usual);
+        if rng.chance(2.0) {
+            delay += rng.micros(0, 20 * usual);
+        }
+        self.watch_disk(node, &op)?;
+        let machine = &mut self.machines[node];
+        machine.disk.submit(op).map_err(|what| {
+            Violation::new(
+                "the engine uses its disk as agreed",
+                format!("n{}: {what}", node + 1),
+            )
+        })?;
+        let at = (now + delay).max(machine.slow_until + delay);
+        self.queue.at(
+            at,
+            Event::DiskDone {
+                node,
+                incarnation,
+                op: id,
+                fails: fails.is_some(),
+            },
+        );
+        Ok(())
+    }
+
+    /// Looks at what is written before it is.
+    fn watch_disk(&mut self, node: Index, op: &DiskOp) -> Verdict {
+        let machine = &mut self.machines[node];
+        let Some(cold) = &mut machine.cold else {
+            return Ok(());
+        };
+        let range = match &op.kind {
+            DiskOpKind::Write { offset, data } => ByteRange::new(*offset, data.len() as u64),
+            DiskOpKind::Zero(range) => *range,
+            DiskOpKind::Read(_) | DiskOpKind::Flush => return Ok(()),
+        };
+        if cold.is_data(range) {
+            return cold
+                .data(&machine.disk, range)
+                .map_err(|v| Violation::new(v.rule, format!("n{}: {}", node + 1, v.what)));
+        }
+        if let DiskOpKind::Write { offset, data } = &op.kind {
+            match cold.metadata(*offset, data) {
+                Some(Seen::Eviction) => self.marks.reached("activity log: a region was evicted"),
+                Some(Seen::Superblock { even: true }) => {
+                    self.marks.reached("superblock slot 0 written")
+                }
+                Some(Seen::Superblock { even: false }) => {
+                    self.marks.reached("superblock slot 1 written")
+                }
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn disk_done(
+        &mut self,
+        node: Index,
+        incarnation: u64,
+        op: OpId,
+        fails: bool,
+    ) -> Verdict {
+        let machine = &mut self.machines[node];
+        if machine.incarnation() != incarnation {
+            return Ok(());
+        }
+        if machine.hung {
+            self.queue.after(
+                Duration::from_millis(20),
+                Event::DiskDone {
+                    node,
+                    incarnation,
+                    op,
+                    fails,
+                },
+            );
+            return Ok(());
+        }
+        let rng = &mut self.chance.disk;
+        let result = if fails {
+            machine.disk.fail(op, rng).map(Err)
+        } else {
+            machine.disk.complete(op, rng).map(Ok)
+        };
+        match result {
+            Some(result) => self.feed(node, Input::Disk { op, result }),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn tick(&mut self, node: Index, incarnation: u64) -> Verdict {
+        let now = self.queue.now();
+        let machine = &mut self.machines[node];
+        if machine.incarnation() != incarnation || machine.paused_until.is_some() {
+            return Ok(());
+        }
+        let local = now + machine.clock_offset;
+        let offset = machine.clock_offset;
+        let Some(process) = &mut machine.process else {
+            return Ok(());
+        };
+        process.tick_at = Time::NEVER;
+        let Some(deadline) = process
+            .engine
+            .as_ref()
+            .map(relevo_replication::Engine::deadline)
+        else {
+            return Ok(());
+        };
+        if deadline <= local {
+            self.feed(node, Input::Tick)
+        } else {
+            if deadline != Time::NEVER {
+                process.tick_at = deadline;
+                let due = Time(deadline.0.saturating_sub(nanos(offset)));
+                self.queue.at(due, Event::Tick { node, incarnation });
+            }
+            Ok(())
+        }
+    }
+
+    pub(super) fn message_delay(&mut self) -> Duration {
+        let usual = self.scenario.net_us;
+        let rng = &mut self.chance.net;
+        let delay = rng.micros(30, usual);
+        if rng.chance(1.0) { delay * 10 } else { delay }
+    }
+
+    fn send(&mut self, node: Index, peer: NodeId, message: Message) {
+        match &message {
+            Message::BarrierAck { .. } => {
+                self.machines[node].barrier_passed = self.history.tick();
+            }
+            Message::Refuse(Refusal::StaleEpoch { .. }) => {
+                self.marks.reached("refused: a stale epoch")
+            }
+            Message::DirtyMap { .. } => {
+                self.marks
+                    .reached("a member told of another one's dirty blocks");
+            }
+            _ => {}
+        }
+        let due = self.queue.now() + self.message_delay();
+        if let Some((head, due)) = self.net.send(node, index_of(peer), message, due) {
+            self.queue.at(due, Event::Arrive(head));
+        }
+    }
+
+    fn volume_event(&mut self, node: Index, event: VolumeEvent) -> Verdict {
+        self.tell_of_engine(node, Some(event.clone()));
+        let Some(process) = &mut self.machines[node].process else {
+            return Ok(());
+        };
+        match event {
+            VolumeEvent::Attached { clean, .. } => {
+                process.attached = true;
+                if !clean {
+                    self.marks.reached("metadata of an unclean end was read");
+                }
+            }
+            VolumeEvent::Detached => self.detached(node),
+            VolumeEvent::DiskFailed { .. } => {
+                process.disk_failed = true;
+                process.open = None;
+            }
+            VolumeEvent::Opened { epoch } => {
+                process.open = Some(epoch);
+                self.opened(node, epoch)?;
+            }
+            VolumeEvent::Closed { .. } => process.open = None,
+            VolumeEvent::Peer { state, .. } => {
+                let now_syncing =
+                    matches!(state, PeerState::SyncSource { .. } | PeerState::SyncTarget);
+                let began = now_syncing && !process.syncing;
+                process.syncing = now_syncing;
+                if began {
+                    self.marks.reached("resync: started");
+                    self.ambush(node);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn opened(&mut self, node: Index, epoch: relevo_types::Epoch) -> Verdict {
+        let at = self.history.tick();
+        self.one_writer.opened(self.machines[node].id, epoch, at)?;
+        if self.last_open.is_some_and(|last| last != node) {
+            self.marks
+                .reached("failover: another node opened than before");
+            if self.target == Some(self.machines[node].id) {
+                self.marks
+                    .reached("switchover: the old primary demoted, another opened");
+            }
+        }
+        self.last_open = Some(node);
+        // What this node has is the truth from now on, with the holes that a power loss left.
+        if let Some(lost) = self.machines[node].lost_power.take() {
+            self.history.cut(lost);
+        }
+        self.ambush(node);
+        Ok(())
+    }
+
+    /// A node's process is gone, with its power or without.
+    pub(super) fn crash(&mut self, node: Index, kind: Crash) {
+        let now = self.queue.now();
+        // After a failed flush what the disk shows and what it holds may differ for good; who uses
+        // it again starts from what it holds.
+        let kind = if self.machines[node].disk.flush_failed() {
+            Crash::Power
+        } else {
+            kind
+        };
+        let (open, syncing, promoting) = match &self.machines[node].process {
+            None => (false, false, false),
+            Some(process) => {
+                let open = process.open.is_some();
+                let mine =
+                    self.machines[node].known_volume().primary == Some(self.machines[node].id);
+                (open, process.syncing, mine && !open)
+            }
+        };
+        self.trace.node(now, node, || format!("!!! {kind:?} lost"));
+        if syncing {
+            self.marks
+                .reached("crash while a resync runs to or from the node");
+        }
+        if promoting {
+            self.marks.reached("crash while promoting, before opening");
+        }
+        let machine = &mut self.machines[node];
+        machine.process = None;
+        machine.paused_until = None;
+        machine.crash_in = None;
+        // Services die with the keeper; an address stays until its lifetime is over, except without
+        // power.
+        machine.kept.active.clear();
+        match kind {
+            Crash::Process => machine.disk.crash_process(&mut self.chance.disk),
+            Crash::Power => {
+                machine.disk.lose_power(&mut self.chance.disk);
+                machine.kept.addresses.clear();
+                machine.lost_power = Some(self.history.tick());
+                if open {
+                    self.marks.reached("power loss of the primary");
+                }
+            }
+        }
+        let due = now + self.message_delay();
+        let speaks = kind == Crash::Process;
+        for (head, due) in self.net.node_gone(node, speaks, due, &mut self.chance.net) {
+            self.queue.at(due, Event::Arrive(head));
+        }
+        self.requests_lost(node);
+    }
+}
+
+pub(super) fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn input_words(input: &Input) -> String {
+    match input {
+        Input::Config(volume) => format!(
+            "config {} primary {:?} in sync {:?}",
+            volume.epoch, volume.primary, volume.in_sync
+        ),
+        Input::Message { peer, message } => format!("{peer}: {}", message_words(message)),
+        Input::Disk { op, result } => match result {
+            Ok(_) => format!("disk {} done", op.0),
+            Err(error) => format!("disk {} {error}", op.0),
+        },
+        Input::Request { id, request } => match request {
+            relevo_replication::AppRequest::Write { range, fua, .. } => {
+                format!(
+                    "request {} write {range:?}{}",
+                    id.0,
+                    if *fua { " fua" } else { "" }
+                )
+            }
+            other => format!("request {} {other:?}", id.0),
+        },
+        other => format!("{other:?}"),
+    }
+}
+
+fn effect_words(effect: &Effect) -> String {
+    match effect {
+        Effect::Disk(op) => match &op.kind {
+            DiskOpKind::Write { offset, data } => {
+                format!("disk {} write {offset}+{}", op.op.0, data.len())
+            }
+            other => format!("disk {} {other:?}", op.op.0),
+        },
+        Effect::Send { peer, message } => format!("{peer}: {}", message_words(message)),
+        Effect::Reply { id, result } => match result {
+            Ok(bytes) => format!("reply {} ok {}", id.0, bytes.len()),
+            Err(error) => format!("reply {} {error:?}", id.0),
+        },
+        Effect::Propose { expect, change } => format!("propose {change:?} at {expect}"),
+        Effect::Event(event) => format!("{event:?}"),
+        Effect::CloseLink { peer, reason } => format!("close link to {peer}: {reason}"),
+    }
+}
+
+fn message_words(message: &Message) -> String {
+    match message {
+        Message::Write {
+            epoch,
+            seq,
+            complete,
+            range,
+            dirty_for,
+            ..
+        } => format!("Write {epoch} {seq} complete {complete} {range:?} dirty_for {dirty_for:b}"),
+        Message::SyncWrite {
+            epoch, id, range, ..
+        } => format!("SyncWrite {epoch} {id} {range:?}"),
+        other => format!("{other:?}"),
+    }
+}

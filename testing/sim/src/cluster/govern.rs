@@ -1,0 +1,399 @@
+//! What stands above the engines: proposals and news of the control log, heartbeats and leases, and
+//! a small manager per node that promotes, evicts, readmits and restarts. The real manager and
+//! membership take this place in layer 2.
+
+use std::{sync::Arc, time::Duration};
+
+use relevo_replication::Input;
+use relevo_types::{
+    NodeId, Time,
+    cluster::{Command, Outcome, Proof, Rejection, VolumeChange},
+};
+
+use super::{Cluster, Event, View, index_of};
+use crate::{
+    check::Verdict,
+    control::{VOLUME, volume_command, words},
+    lease::Reach as _,
+    net::Index,
+};
+
+/// A manager looks around this often.
+const MANAGE_EVERY: Duration = Duration::from_millis(25);
+
+/// A node that is not the wanted one waits this long before it offers itself as primary.
+const MODESTY: Duration = Duration::from_millis(300);
+
+impl Cluster {
+    fn view(&self) -> View<'_> {
+        View {
+            machines: &self.machines,
+            net: &self.net,
+        }
+    }
+
+    /// Whether a node and a majority of the running voters hear each other and its log is there.
+    pub(super) fn reaches_majority(&self, node: Index) -> bool {
+        let view = self.view();
+        if self.machines[node].log_away_until > self.queue.now() {
+            return false;
+        }
+        let heard = (0..self.scenario.nodes())
+            .filter(|voter| {
+                view.runs(*voter) && view.reaches(node, *voter) && view.reaches(*voter, node)
+            })
+            .count();
+        view.runs(node) && heard >= self.control.state().majority()
+    }
+
+    /// Sends a command towards the log.
+    pub(super) fn propose(&mut self, by: Index, command: Command) {
+        let rng = &mut self.chance.node;
+        let delay = if rng.chance(5.0) {
+            rng.millis(1, 400)
+        } else {
+            rng.micros(200, 8000)
+        };
+        let incarnation = self.machines[by].incarnation();
+        self.queue.after(
+            delay,
+            Event::Commit {
+                by,
+                incarnation,
+                command,
+            },
+        );
+    }
+
+    /// A command reaches the log, if it does.
+    pub(super) fn commit(&mut self, by: Index, incarnation: u64, command: &Command) {
+        let lives = self.machines[by].incarnation() == incarnation && self.machines[by].acts();
+        // A dead proposer's command may be on its way already.
+        let arrives = if lives {
+            self.reaches_majority(by)
+        } else {
+            self.chance.node.chance(50.0) && self.some_majority()
+        };
+        if !arrives {
+            self.marks
+                .reached("the log was out of reach for the primary");
+            return;
+        }
+        // An engine asks again while it needs to: what it is told is the new configuration.
+        drop(self.commit_now(by, command));
+    }
+
+    /// Commits a command and lets the news spread.
+    pub(super) fn commit_now(
+        &mut self,
+        by: Index,
+        command: &Command,
+    ) -> Result<Outcome, Rejection> {
+        let now = self.queue.now();
+        let result = self.control.commit(command);
+        match &result {
+            Err(rejection) => {
+                self.trace.node(now, by, || {
+                    format!("log: {} rejected: {rejection}", words(command))
+                });
+            }
+            Ok(_) => {
+                self.trace.all(now, || {
+                    let volume = self.control.volume();
+                    format!(
+                        "log: {} -> {} primary {:?} in sync {:?}",
+                        words(command),
+                        volume.epoch,
+                        volume.primary,
+                        volume.in_sync
+                    )
+                });
+                self.committed(command);
+            }
+        }
+        result
+    }
+
+    /// Whether any majority of voters runs and hears each other.
+    fn some_majority(&self) -> bool {
+        (0..self.scenario.nodes()).any(|node| self.reaches_majority(node))
+    }
+
+    fn committed(&mut self, command: &Command) {
+        self.one_writer.committed(self.control.volume());
+        match command {
+            Command::Volume { change, .. } => match change {
+                VolumeChange::Join { node } => self.joined(*node),
+                VolumeChange::Leave { nodes } => {
+                    self.marks.reached("commit: leave");
+                    self.last_leave = self.history.tick();
+                    for node in nodes.clone() {
+                        self.ambush(index_of(node));
+                    }
+                }
+                VolumeChange::Demote { .. } => self.marks.reached("commit: demote"),
+                VolumeChange::Promote { node } => self.ambush(index_of(*node)),
+            },
+            Command::Evict { .. } => self.marks.reached("commit: evict, condemned"),
+            _ => {}
+        }
+        let number = self.control.newest_number();
+        for node in 0..self.scenario.nodes() {
+            let rng = &mut self.chance.node;
+            let delay = if rng.chance(10.0) {
+                rng.millis(1, 200)
+            } else {
+                rng.micros(100, 5000)
+            };
+            self.queue.after(delay, Event::Learn { node, number });
+        }
+    }
+
+    fn joined(&mut self, node: NodeId) {
+        let machine = &mut self.machines[index_of(node)];
+        self.marks.reached("commit: join");
+        self.marks.reached("resync: ended with a join");
+        // All it was sent was on stable storage at the barrier, and is still, if it had power since.
+        if machine
+            .lost_power
+            .is_some_and(|lost| lost < machine.barrier_passed)
+        {
+            machine.lost_power = None;
+        }
+        if machine.process.is_none() {
+            self.marks.reached("a join was lost with its link or node");
+        }
+        self.ambush(index_of(node));
+    }
+
+    /// A node learns a committed state, if it can.
+    pub(super) fn learn(&mut self, node: Index, number: usize) -> Verdict {
+        if !self.reaches_majority(node) {
+            return Ok(());
+        }
+        let number = if self.chance.node.chance(50.0) {
+            self.control.newest_number()
+        } else {
+            number
+        };
+        if number <= self.machines[node].known.0 {
+            return Ok(());
+        }
+        self.machines[node].known = (number, self.control.snapshot(number));
+        if self.scenario.managed {
+            let state = Arc::clone(&self.machines[node].known.1);
+            self.tell(node, relevo_node::Input::State(state));
+            return Ok(());
+        }
+        let volume = Arc::new(self.machines[node].known_volume().clone());
+        self.feed(node, Input::Config(volume))
+    }
+
+    /// Heartbeats of a node: asks for its lease, and as a voter looks at the grants it gave.
+    pub(super) fn heartbeat(&mut self, node: Index) -> Verdict {
+        let timing = self.leases.timing();
+        let again = timing.heartbeat + self.chance.node.micros(0, 2000);
+        self.queue.after(again, Event::Heartbeat(node));
+        if !self.machines[node].acts() {
+            return Ok(());
+        }
+        let now = self.queue.now();
+        self.leases.judge(node, self.control.state(), now);
+        let generation = self.generation(node);
+        let view = View {
+            machines: &self.machines,
+            net: &self.net,
+        };
+        if let Some(until) = self.leases.round(node, generation, now, &view) {
+            let until = until + self.machines[node].clock_offset;
+            self.feed(node, Input::LeaseUntil(until))?;
+        }
+        // News that were missed are fetched with the next contact.
+        if self.machines[node].known.0 < self.control.newest_number()
+            && self.chance.node.chance(30.0)
+        {
+            let number = self.control.newest_number();
+            self.learn(node, number)?;
+        }
+        Ok(())
+    }
+
+    /// A node's manager looks around.
+    pub(super) fn manage(&mut self, node: Index) -> Verdict {
+        let again = MANAGE_EVERY + self.chance.node.millis(0, 10);
+        self.queue.after(again, Event::Manage(node));
+        if !self.machines[node].acts() {
+            return Ok(());
+        }
+        if self.scenario.managed {
+            // The real manager decides; only news that were missed, and a failed daemon's restart,
+            // are seen to here.
+            if node < self.scenario.data_nodes {
+                self.restart_failed(node);
+            }
+            let number = self.control.newest_number();
+            return if self.chance.node.chance(30.0) {
+                self.learn(node, number)
+            } else {
+                Ok(())
+            };
+        }
+        self.evict_condemned(node);
+        if node < self.scenario.data_nodes {
+            self.restart_failed(node);
+            self.claim(node);
+        }
+        Ok(())
+    }
+
+    /// Any node that finds a majority's word against another one evicts it.
+    fn evict_condemned(&mut self, node: Index) {
+        let state = Arc::clone(&self.machines[node].known.1);
+        for (id, other) in &state.nodes {
+            if index_of(*id) == node || other.lease.evicted || !state.holds_something(*id) {
+                continue;
+            }
+            let by = self
+                .leases
+                .condemned_by(index_of(*id), other.lease.generation);
+            if by.len() >= state.majority() {
+                self.propose(
+                    node,
+                    Command::Evict {
+                        node: *id,
+                        generation: other.lease.generation,
+                        proof: Proof::Condemned { by },
+                    },
+                );
+            }
+        }
+    }
+
+    /// A daemon whose disk failed says goodbye to what it holds and is started again after a while.
+    fn restart_failed(&mut self, node: Index) {
+        let now = self.queue.now();
+        let machine = &self.machines[node];
+        let Some(process) = &machine.process else {
+            return;
+        };
+        if process.disk_failed
+            && now.since(process.started) > Duration::from_millis(self.scenario.repair_after_ms)
+        {
+            self.crash(node, super::Crash::Power);
+            let back = self.chance.node.millis(20, 300);
+            self.queue.after(back, Event::Start(node));
+        }
+    }
+
+    /// What a manager does about its own role.
+    fn claim(&mut self, node: Index) {
+        let now = self.queue.now();
+        let machine = &self.machines[node];
+        let id = machine.id;
+        let standing = match machine.known.1.nodes.get(&id) {
+            Some(entry) => entry.lease,
+            None => return,
+        };
+        // Condemned by some voters while it was away, but not evicted: those that hear it again
+        // promised to grant it nothing under its old number.
+        let relented = self
+            .leases
+            .condemned_by(node, standing.generation)
+            .iter()
+            .any(|voter| {
+                let voter = index_of(*voter);
+                let view = self.view();
+                view.runs(voter) && view.reaches(node, voter) && view.reaches(voter, node)
+            });
+        if standing.evicted || relented {
+            self.propose(
+                node,
+                Command::Readmit {
+                    node: id,
+                    generation: standing.generation,
+                },
+            );
+            return;
+        }
+        self.nominate(node);
+        let machine = &self.machines[node];
+        let volume = machine.known_volume();
+        let Some(process) = &machine.process else {
+            return;
+        };
+        let able = volume.primary.is_none()
+            && volume.in_sync.contains(&id)
+            && process.attached
+            && !process.disk_failed
+            && !process.detaching
+            && self.leases.holds(node, now);
+        if !able {
+            return;
+        }
+        let wanted = self.target.is_none_or(|target| target == id);
+        let patience = if wanted { 60.0 } else { percent_each(MODESTY) };
+        let expect = volume.epoch;
+        if self.chance.node.chance(patience) {
+            self.propose(
+                node,
+                volume_command(expect, VolumeChange::Promote { node: id }),
+            );
+        }
+    }
+
+    /// Now and then a node proposes another one, as a planner may: then that one can miss every
+    /// configuration in between.
+    fn nominate(&mut self, node: Index) {
+        let state = Arc::clone(&self.machines[node].known.1);
+        let volume = &state.volumes[&VOLUME];
+        if volume.primary.is_some() || !self.chance.node.chance(10.0) {
+            return;
+        }
+        let members: Vec<NodeId> = volume
+            .in_sync
+            .iter()
+            .copied()
+            .filter(|member| {
+                let allowed = state
+                    .nodes
+                    .get(member)
+                    .is_some_and(|node| !node.lease.evicted);
+                allowed && self.machines[index_of(*member)].process.is_some()
+            })
+            .collect();
+        if !members.is_empty() {
+            let member = self.chance.node.pick(&members);
+            self.propose(
+                node,
+                volume_command(volume.epoch, VolumeChange::Promote { node: member }),
+            );
+        }
+    }
+
+    /// Whether the committed state has all replicas in sync.
+    pub(super) fn all_in_sync(&self) -> bool {
+        let volume = &self.control.state().volumes[&VOLUME];
+        volume.in_sync.len() == volume.replicas.len()
+    }
+
+    /// The node that is primary by the committed state and open.
+    pub(super) fn open_primary(&self) -> Option<Index> {
+        let primary = index_of(self.control.volume().primary?);
+        self.machines[primary].open().map(|_| primary)
+    }
+
+    /// Lets everything that waits for time alone be over.
+    pub(super) fn end_waits(&mut self) {
+        for machine in &mut self.machines {
+            machine.log_away_until = Time::ZERO;
+            machine.slow_until = Time::ZERO;
+            machine.failing = None;
+            machine.crash_in = None;
+        }
+    }
+}
+
+/// The chance per look that makes a wait of `mean` on average, in percent.
+fn percent_each(mean: Duration) -> f64 {
+    100.0 * MANAGE_EVERY.as_secs_f64() / mean.as_secs_f64()
+}

@@ -1,0 +1,326 @@
+//! Clients: several requests in flight on whatever node is open, each write with its own stamp, all
+//! of it recorded in the history.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use relevo_replication::{AppRequest, Input, ReplyError, RequestId};
+use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange};
+use relevo_wire::Body;
+
+use super::{Cluster, Event, Phase, node_id};
+use crate::{
+    check::{Verdict, Violation, commit_then_ack, linear::Tick},
+    net::Index,
+    stamp::{SECTOR, SECTORS_PER_BLOCK, WriteNo, fill, read_sector},
+};
+
+/// Blocks that are written while the cluster heals.
+const PROBES: u64 = 3;
+
+/// What the clients do and wait for.
+#[derive(Debug)]
+pub(super) struct Load {
+    last_request: u64,
+    pending: BTreeMap<RequestId, Pending>,
+    pub(super) answered: u64,
+    /// Writes answered well since the last heal.
+    pub(super) writes_answered: u64,
+}
+
+#[derive(Debug)]
+struct Pending {
+    /// `None`: a read of the final check.
+    client: Option<usize>,
+    node: Index,
+    invoked: Tick,
+    what: What,
+}
+
+#[derive(Debug)]
+enum What {
+    Read(ByteRange),
+    Write { number: WriteNo, fua: bool },
+    Flush,
+}
+
+impl Load {
+    pub(super) const fn new() -> Self {
+        Self {
+            last_request: 0,
+            pending: BTreeMap::new(),
+            answered: 0,
+            writes_answered: 0,
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// The oldest request without an answer, for messages.
+    pub(super) fn oldest(&self) -> String {
+        self.pending.iter().next().map_or_else(
+            || "none".to_owned(),
+            |(id, pending)| format!("{id:?} {pending:?}"),
+        )
+    }
+}
+
+impl Cluster {
+    /// A client does its next thing.
+    pub(super) fn client(&mut self, client: usize) -> Verdict {
+        let works = match self.phase {
+            Phase::Trouble => !self.quiet,
+            Phase::Healing => !self.scenario.idle_heal || self.all_in_sync(),
+            Phase::Settling => false,
+        };
+        let node = if works { self.choose_node() } else { None };
+        let Some(node) = node else {
+            let again = self.chance.load.millis(2, 10);
+            self.queue.after(again, Event::Client(client));
+            return Ok(());
+        };
+        let request = self.choose_request();
+        self.issue(Some(client), node, request)
+    }
+
+    /// Reads everything that was ever written, once, at a node.
+    pub(super) fn read_everything(&mut self, node: Index) -> Verdict {
+        let blocks: Vec<u64> = self.history.blocks().collect();
+        for block in blocks {
+            self.issue(None, node, What::Read(BlockRange::new(block, 1).bytes()))?;
+        }
+        Ok(())
+    }
+
+    /// Usually the node that is open; now and then any.
+    fn choose_node(&mut self) -> Option<Index> {
+        let any = self.chance.load.index(self.scenario.data_nodes);
+        if self.chance.load.chance(3.0) {
+            return self.machines[any].process.is_some().then_some(any);
+        }
+        let open: Vec<Index> = (0..self.scenario.data_nodes)
+            .filter(|node| self.machines[*node].open().is_some())
+            .collect();
+        (!open.is_empty()).then(|| self.chance.load.pick(&open))
+    }
+
+    fn choose_blocks(&mut self) -> BlockRange {
+        let rng = &mut self.chance.load;
+        let blocks = self.scenario.blocks;
+        if self.phase == Phase::Healing {
+            // Probes: what trouble left in all other blocks stays there to be compared.
+            return BlockRange::new(rng.below(PROBES), 1);
+        }
+        let first = if rng.chance(90.0) {
+            rng.pick(&self.scenario.hot)
+        } else {
+            rng.below(blocks)
+        };
+        let count = rng.pick(&[1, 1, 1, 2, 4, 16]);
+        BlockRange::new(first, count.min(blocks - first))
+    }
+
+    fn choose_request(&mut self) -> What {
+        let blocks = self.choose_blocks();
+        let rng = &mut self.chance.load;
+        if rng.chance(self.scenario.reads) {
+            let mut range = blocks.bytes();
+            if rng.chance(10.0) && range.len > BLOCK_SIZE / 2 {
+                // Any byte may be the first or the last.
+                let skip = rng.below(range.len / 2);
+                let cut = rng.below(range.len / 2);
+                range = ByteRange::new(range.offset + skip, range.len - skip - cut);
+                self.marks.reached("unaligned read");
+            }
+            return What::Read(range);
+        }
+        if rng.chance(self.scenario.flushes) {
+            return What::Flush;
+        }
+        let fua = rng.chance(self.scenario.fua);
+        let zeroes = rng.chance(self.scenario.zeroes)
+            && blocks
+                .iter()
+                .all(|block| self.history.zeroes_are_clear(block));
+        if zeroes {
+            self.marks.reached("zeroes written");
+        }
+        let number = self.history.begin_write(blocks, zeroes);
+        What::Write { number, fua }
+    }
+
+    fn issue(&mut self, client: Option<usize>, node: Index, what: What) -> Verdict {
+        let request = match &what {
+            What::Read(range) => AppRequest::Read(*range),
+            What::Flush => AppRequest::Flush,
+            What::Write { number, fua } => {
+                let write = self.history.write(*number);
+                AppRequest::Write {
+                    range: write.blocks.bytes(),
+                    body: if write.zeroes {
+                        Body::Zeroes
+                    } else {
+                        Body::Data(fill(*number, write.blocks))
+                    },
+                    fua: *fua,
+                }
+            }
+        };
+        self.load.last_request += 1;
+        let id = RequestId(self.load.last_request);
+        let invoked = self.history.tick();
+        self.load.pending.insert(
+            id,
+            Pending {
+                client,
+                node,
+                invoked,
+                what,
+            },
+        );
+        let late = matches!(request, AppRequest::Read(_))
+            && self.machines[node].acts()
+            && !self.leases.holds(node, self.queue.now());
+        self.feed(node, Input::Request { id, request })?;
+        if late && self.machines[node].open().is_some() && self.load.pending.contains_key(&id) {
+            self.marks
+                .reached("a read was held while the lease was over");
+        }
+        Ok(())
+    }
+
+    /// An engine answers.
+    pub(super) fn reply(
+        &mut self,
+        node: Index,
+        id: RequestId,
+        result: Result<Bytes, ReplyError>,
+    ) -> Verdict {
+        let answers = "every request is answered once";
+        let Some(pending) = self.load.pending.remove(&id) else {
+            return Err(Violation::new(
+                answers,
+                format!("n{} answered {id:?} again", node + 1),
+            ));
+        };
+        if pending.node != node {
+            return Err(Violation::new(
+                answers,
+                format!(
+                    "n{} answered {id:?}, which n{} was asked",
+                    node + 1,
+                    pending.node + 1
+                ),
+            ));
+        }
+        if let Some(client) = pending.client {
+            let think = self.chance.load.micros(0, self.scenario.think_us);
+            self.queue.after(think, Event::Client(client));
+        }
+        match result {
+            Ok(bytes) => {
+                self.load.answered += 1;
+                self.answered_well(node, &pending, &bytes)
+            }
+            Err(ReplyError::Invalid) => Err(Violation::new(
+                answers,
+                format!("{pending:?} was called invalid"),
+            )),
+            Err(ReplyError::NotPrimary | ReplyError::Io) => match pending.what {
+                What::Write { number, .. } => self.history.write_failed(number),
+                What::Read(_) | What::Flush => Ok(()),
+            },
+        }
+    }
+
+    fn answered_well(&mut self, node: Index, pending: &Pending, bytes: &Bytes) -> Verdict {
+        match &pending.what {
+            What::Read(range) => self.read_answered(pending.invoked, *range, bytes),
+            What::Write { number, fua } => {
+                self.marks.reached("a write was acknowledged");
+                if pending.invoked < self.last_leave {
+                    self.marks.reached("write waited for the commit of a leave");
+                }
+                self.load.writes_answered += 1;
+                if let Some(epoch) = self.machines[node].open() {
+                    self.one_writer
+                        .acknowledged(node_id(node), epoch, pending.invoked)?;
+                }
+                let replicas = self.replica_views();
+                let volume = self.control.volume();
+                commit_then_ack::write(volume, &replicas, &self.history, *number, *fua)?;
+                self.history.write_acked(*number, *fua)
+            }
+            What::Flush => {
+                let replicas = self.replica_views();
+                commit_then_ack::flush(
+                    self.control.volume(),
+                    &replicas,
+                    &self.history,
+                    pending.invoked,
+                )?;
+                self.history.flush_acked(pending.invoked);
+                Ok(())
+            }
+        }
+    }
+
+    fn read_answered(&mut self, invoked: Tick, range: ByteRange, bytes: &Bytes) -> Verdict {
+        if bytes.len() as u64 != range.len {
+            return Err(Violation::new(
+                "a read gives what was asked for",
+                format!("{range:?} gave {} bytes", bytes.len()),
+            ));
+        }
+        // Whole sectors only: parts of sectors were compared with nothing, their neighbours will.
+        let first = range.offset.div_ceil(SECTOR as u64);
+        let end = range.end() / SECTOR as u64;
+        for number in first..end {
+            let at = usize::try_from(number * SECTOR as u64 - range.offset).unwrap_or(0);
+            let block = number / SECTORS_PER_BLOCK as u64;
+            let sector = usize::try_from(number % SECTORS_PER_BLOCK as u64).unwrap_or(0);
+            let saw = read_sector(block, sector, &bytes[at..at + SECTOR])
+                .map_err(|what| Violation::new("a read gives what was written", what))?;
+            self.history.read(invoked, block, sector, saw)?;
+        }
+        Ok(())
+    }
+
+    fn replica_views(&self) -> Vec<commit_then_ack::ReplicaView<'_>> {
+        self.machines[..self.scenario.data_nodes]
+            .iter()
+            .map(|machine| commit_then_ack::ReplicaView {
+                node: machine.id,
+                disk: &machine.disk,
+                lost_power: machine.lost_power,
+            })
+            .collect()
+    }
+
+    /// A node's daemon is gone: what it was asked will never be answered.
+    pub(super) fn requests_lost(&mut self, node: Index) {
+        let lost: Vec<RequestId> = self
+            .load
+            .pending
+            .iter()
+            .filter(|(_, pending)| pending.node == node)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in lost {
+            let Some(pending) = self.load.pending.remove(&id) else {
+                continue;
+            };
+            if let What::Write { number, .. } = pending.what {
+                // Its end alone breaks nothing: a clash would have shown when it was seen.
+                let verdict = self.history.write_failed(number);
+                debug_assert_eq!(verdict, Ok(()));
+            }
+            if let Some(client) = pending.client {
+                let again = self.chance.load.millis(1, 20);
+                self.queue.after(again, Event::Client(client));
+            }
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! Faults: what each does, for how long, and what must stay whole so that a broken promise is the
+//! engine's fault. A disk error is only injected while another good in-sync replica exists.
+
+use std::time::Duration;
+
+use relevo_replication::Input;
+
+use super::{Cluster, Crash, Event, Phase, node_id};
+use relevo_types::cluster::Command;
+
+use crate::{
+    check::Verdict,
+    cluster::machine::Failing,
+    faults::Fault,
+    net::{Index, Plane},
+};
+
+impl Cluster {
+    /// Injects the next fault and arranges the one after it.
+    pub(super) fn trouble(&mut self) -> Verdict {
+        if self.phase != Phase::Trouble {
+            return Ok(());
+        }
+        let mean = self.scenario.fault_every;
+        let next = if self.chance.trouble.chance(self.scenario.bursts) {
+            self.chance.trouble.millis(0, 15)
+        } else {
+            self.chance.trouble.time(Duration::ZERO, mean * 2)
+        };
+        self.queue.after(next, Event::Trouble);
+        let total: u64 = self.scenario.faults.iter().map(|(_, weight)| weight).sum();
+        let mut draw = self.chance.trouble.below(total);
+        let mut chosen = self.scenario.faults[0].0;
+        for (fault, weight) in &self.scenario.faults {
+            if draw < *weight {
+                chosen = *fault;
+                break;
+            }
+            draw -= weight;
+        }
+        self.inject(chosen)
+    }
+
+    fn inject(&mut self, fault: Fault) -> Verdict {
+        let now = self.queue.now();
+        let any = self.chance.trouble.index(self.scenario.nodes());
+        let data = self.chance.trouble.index(self.scenario.data_nodes);
+        self.trace.all(now, || format!("fault: {fault:?}"));
+        match fault {
+            Fault::CrashProcess => self.crash_and_return(any, Crash::Process),
+            Fault::LosePower => self.crash_and_return(any, Crash::Power),
+            Fault::LosePowerEverywhere => {
+                self.marks.reached("power loss of all data nodes");
+                for node in 0..self.scenario.data_nodes {
+                    self.crash_and_return(node, Crash::Power);
+                }
+            }
+            Fault::CrashSoon => self.arm(data),
+            Fault::Pause => self.pause(any),
+            Fault::Isolate => {
+                let directions = (0..self.scenario.nodes())
+                    .filter(|other| *other != any)
+                    .flat_map(|other| [(any, other), (other, any)])
+                    .collect();
+                self.cut(directions);
+            }
+            Fault::CutOneWay => {
+                let other = self.other_than(any, self.scenario.nodes());
+                self.marks.reached("one direction cut alone");
+                self.cut(vec![(any, other)]);
+            }
+            Fault::CutPair => {
+                let other = self.other_than(data, self.scenario.data_nodes);
+                self.cut(vec![(data, other), (other, data)]);
+            }
+            Fault::Zombie => self.zombie(),
+            Fault::BreakLink => self.break_link(data),
+            Fault::DiskError => self.disk_error(data),
+            Fault::DiskStall => {
+                self.machines[data].slow_until = now + self.chance.trouble.millis(10, 900);
+            }
+            Fault::LogAway => {
+                self.machines[any].log_away_until = now + self.chance.trouble.millis(10, 900);
+            }
+            Fault::Switchover => return self.switchover(),
+            Fault::Restart => return self.restart(data),
+            Fault::MoveService => self.move_service(data),
+            Fault::Quiet => {
+                self.quiet = true;
+                self.compared = false;
+                let end = self.chance.trouble.millis(20, 120);
+                self.queue.after(end, Event::Loud);
+            }
+        }
+        Ok(())
+    }
+
+    fn crash_and_return(&mut self, node: Index, kind: Crash) {
+        if self.machines[node].process.is_some() || kind == Crash::Power {
+            self.crash(node, kind);
+            let back = self.chance.trouble.millis(5, 1500);
+            self.queue.after(back, Event::Start(node));
+        }
+    }
+
+    /// Lets a node crash within its next few effects.
+    fn arm(&mut self, node: Index) {
+        let effects = self.chance.trouble.below(25);
+        let kind = if self.chance.trouble.chance(50.0) {
+            Crash::Process
+        } else {
+            Crash::Power
+        };
+        let effects = u32::try_from(effects).unwrap_or(0);
+        self.machines[node].crash_in = Some((effects, kind));
+    }
+
+    /// Something interesting began at a node: perhaps it or another one crashes close by.
+    pub(super) fn ambush(&mut self, node: Index) {
+        if self.phase != Phase::Trouble || node >= self.scenario.data_nodes {
+            return;
+        }
+        if self.chance.trouble.chance(self.scenario.ambush) {
+            let victim = if self.chance.trouble.chance(60.0) {
+                node
+            } else {
+                self.other_than(node, self.scenario.data_nodes)
+            };
+            self.arm(victim);
+        }
+    }
+
+    pub(super) fn other_than(&mut self, node: Index, among: usize) -> Index {
+        let other = self.chance.trouble.index(among.saturating_sub(1));
+        if other >= node { other + 1 } else { other }
+    }
+
+    fn pause(&mut self, node: Index) {
+        if !self.machines[node].acts() {
+            return;
+        }
+        let how_long = self.chance.trouble.millis(5, 1200);
+        if how_long > self.leases.timing().lease {
+            self.marks.reached("node paused past its lease");
+        }
+        self.machines[node].paused_until = Some(self.queue.now() + how_long);
+        self.queue.after(how_long, Event::Resume(node));
+    }
+
+    /// Cuts directions for a while: usually whole cables, sometimes one plane alone.
+    fn cut(&mut self, directions: Vec<(Index, Index)>) {
+        let how_long = self.chance.trouble.millis(5, 1500);
+        let planes: &[Plane] = match self.chance.trouble.below(4) {
+            0 => &[Plane::Data],
+            1 => &[Plane::Control],
+            _ => &Plane::ALL,
+        };
+        if planes == [Plane::Control] {
+            self.marks
+                .reached("heartbeats and log cut, replication not");
+        }
+        let cuts: Vec<(Plane, Index, Index)> = directions
+            .into_iter()
+            .flat_map(|(from, to)| planes.iter().map(move |plane| (*plane, from, to)))
+            .collect();
+        for (plane, from, to) in &cuts {
+            self.net.set_open(*plane, *from, *to, false);
+        }
+        self.queue.after(how_long, Event::Heal(cuts));
+    }
+
+    fn zombie(&mut self) {
+        let Some(primary) = self.open_primary() else {
+            return;
+        };
+        let mut cuts = Vec::new();
+        for other in (0..self.scenario.nodes()).filter(|other| *other != primary) {
+            cuts.push((Plane::Control, primary, other));
+            cuts.push((Plane::Control, other, primary));
+        }
+        let other = self.other_than(primary, self.scenario.data_nodes);
+        match self.chance.trouble.below(3) {
+            0 => {}
+            1 => cuts.push((Plane::Data, other, primary)),
+            _ => cuts.extend([(Plane::Data, other, primary), (Plane::Data, primary, other)]),
+        }
+        for (plane, from, to) in &cuts {
+            self.net.set_open(*plane, *from, *to, false);
+        }
+        self.marks
+            .reached("heartbeats and log cut, replication not");
+        let how_long = self.chance.trouble.millis(300, 1500);
+        self.queue.after(how_long, Event::Heal(cuts));
+    }
+
+    fn break_link(&mut self, node: Index) {
+        let other = self.other_than(node, self.scenario.data_nodes);
+        let busy = self.net.under_way > 0;
+        let Some(conn) = self.net.break_link(node, other, &mut self.chance.net) else {
+            return;
+        };
+        if busy {
+            self.marks.reached("link broke with messages under way");
+        }
+        for side in 0..2 {
+            let late = self.chance.net.chance(20.0);
+            let delay = self.chance.net.millis(0, if late { 600 } else { 20 });
+            self.queue.after(delay, Event::TellDown(conn, side));
+        }
+    }
+
+    /// Fails one disk operation, if the data is certainly elsewhere too.
+    fn disk_error(&mut self, node: Index) {
+        let sick = |machine: &super::Machine| {
+            machine.failing.is_some() || machine.process.as_ref().is_some_and(|p| p.disk_failed)
+        };
+        let volume = self.control.volume();
+        let other_good = volume.in_sync.iter().any(|member| {
+            *member != node_id(node) && self.machines[super::index_of(*member)].acts()
+        });
+        if !other_good || self.machines.iter().any(sick) {
+            return;
+        }
+        let what = [Failing::Read, Failing::Write, Failing::Flush];
+        self.machines[node].failing = Some(self.chance.trouble.pick(&what));
+    }
+
+    /// The operator moves the role to another node, perhaps twice in a row.
+    fn switchover(&mut self) -> Verdict {
+        let Some(primary) = self.open_primary() else {
+            return Ok(());
+        };
+        let other = self.other_than(primary, self.scenario.data_nodes);
+        self.target = Some(node_id(other));
+        if let Some(process) = &mut self.machines[primary].process {
+            process.stepping_down = true;
+        }
+        self.feed(primary, Input::Demote)
+    }
+
+    /// The operator asks for the service to be on a node.
+    fn move_service(&mut self, node: Index) {
+        let Some(service) = self.control.state().services.keys().next().copied() else {
+            return;
+        };
+        let target = Some(node_id(node));
+        // By way of whoever leads the log; if nobody does, the operator gets an error.
+        if self
+            .leader
+            .is_some_and(|leader| self.reaches_majority(leader))
+        {
+            let command = Command::SetTarget { service, target };
+            drop(self.commit_now(node, &command));
+        }
+    }
+
+    /// A secondary's daemon is stopped in order and comes back.
+    fn restart(&mut self, node: Index) -> Verdict {
+        let machine = &mut self.machines[node];
+        let primary = machine.known_volume().primary == Some(machine.id);
+        let Some(process) = &mut machine.process else {
+            return Ok(());
+        };
+        if primary || process.open.is_some() || !process.attached || process.disk_failed {
+            return Ok(());
+        }
+        process.detaching = true;
+        self.feed(node, Input::Detach)
+    }
+
+    /// An engine detached: its daemon ends.
+    pub(super) fn detached(&mut self, node: Index) {
+        let due = self.queue.now() + self.message_delay();
+        for (head, due) in self.net.node_gone(node, true, due, &mut self.chance.net) {
+            self.queue.at(due, Event::Arrive(head));
+        }
+        self.requests_lost(node);
+        let machine = &mut self.machines[node];
+        machine.process = None;
+        machine.paused_until = None;
+        let back = self.chance.trouble.millis(5, 600);
+        self.queue.after(back, Event::Start(node));
+    }
+}

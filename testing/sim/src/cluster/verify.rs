@@ -1,0 +1,232 @@
+//! The checks that need a quiet moment, and the liveness phase: faults stop, everything is put right
+//! once, and the cluster must serve and converge within a bounded time by itself (rule 11).
+
+use std::time::Duration;
+
+use relevo_replication::{DiskState, PeerState};
+use relevo_types::Time;
+
+use super::{Cluster, Event, Phase, index_of, node_id};
+use crate::{
+    check::{Verdict, Violation, equal, marked},
+    net::{Index, Plane},
+};
+
+const HEALS: &str = "it heals when faults stop (rule 11)";
+
+/// From the end of all faults until everything serves and is in sync. Generous: some dead times for
+/// evictions and link time-outs one after the other, restarts, and a resync.
+const HEAL_WITHIN: Duration = Duration::from_secs(14);
+
+/// From when a secondary's disk hangs until writes go on without it: some link time-outs.
+const SERVES_WITHOUT_WITHIN: Duration = Duration::from_secs(8);
+
+/// From the last request until nothing is under way.
+const SETTLE_WITHIN: Duration = Duration::from_secs(4);
+
+impl Cluster {
+    /// Ends all faults and waits until the cluster serves and is whole.
+    pub(super) fn heal(&mut self) -> Verdict {
+        let now = self.queue.now();
+        self.trace.all(now, || "faults stop".to_owned());
+        self.phase = Phase::Healing;
+        self.quiet = false;
+        self.end_waits();
+        let nodes = self.scenario.nodes();
+        for from in 0..nodes {
+            for to in 0..nodes {
+                for plane in Plane::ALL {
+                    self.net.set_open(plane, from, to, true);
+                }
+            }
+        }
+        self.look_at_all_queues();
+        for node in 0..nodes {
+            if self.machines[node].paused_until.is_some() {
+                self.machines[node].paused_until = Some(now);
+                self.queue.after(Duration::ZERO, Event::Resume(node));
+            }
+            self.queue
+                .after(Duration::from_millis(50), Event::Start(node));
+        }
+        self.load.writes_answered = 0;
+        let until = now + HEAL_WITHIN;
+        let steady = now + Duration::from_millis(100);
+        while self.queue.now() < until {
+            self.step()?;
+            if self.queue.now() > steady && self.is_whole() {
+                return Ok(());
+            }
+        }
+        let volume = self.control.volume();
+        let mut what = format!(
+            "{HEAL_WITHIN:?} after the last fault: {} primary {:?} in sync {:?}, {} writes answered since;",
+            volume.epoch, volume.primary, volume.in_sync, self.load.writes_answered
+        );
+        for machine in &self.machines[..self.scenario.data_nodes] {
+            let status = machine
+                .process
+                .as_ref()
+                .and_then(|process| process.engine.as_ref())
+                .map(relevo_replication::Engine::status);
+            what.push_str(&format!(" {}: {status:?};", machine.id));
+        }
+        Err(Violation::new(HEALS, what))
+    }
+
+    /// Hangs the disk of one secondary. Its daemon answers pings, but owes acknowledgements for ever:
+    /// it must leave the in-sync set, and come back when its disk does.
+    pub(super) fn hang_one(&mut self) -> Verdict {
+        let Some(primary) = self.open_primary() else {
+            return Ok(());
+        };
+        let node = self.other_than(primary, self.scenario.data_nodes);
+        self.trace
+            .node(self.queue.now(), node, || "its disk hangs".to_owned());
+        self.marks
+            .reached("the disk of a secondary hangs, its daemon lives");
+        self.machines[node].hung = true;
+        self.load.writes_answered = 0;
+        let clients = self.scenario.clients as u64;
+        let until = self.queue.now() + SERVES_WITHOUT_WITHIN;
+        // More than those that were answered on the way.
+        self.wait_for(
+            until,
+            "writes go on without the replica whose disk hangs",
+            |cluster| cluster.load.writes_answered > 2 * clients,
+        )?;
+        self.machines[node].hung = false;
+        let until = self.queue.now() + HEAL_WITHIN;
+        self.wait_for(
+            until,
+            "the replica whose disk hung is in sync again",
+            Self::is_whole,
+        )
+    }
+
+    fn is_whole(&self) -> bool {
+        self.load.writes_answered >= 3
+            && self.all_in_sync()
+            && self.open_primary().is_some()
+            && (!self.scenario.managed || self.service_runs())
+    }
+
+    /// Stops the workload, waits for silence, compares all replicas and reads everything.
+    pub(super) fn settle(&mut self) -> Verdict {
+        self.trace
+            .all(self.queue.now(), || "workload stops".to_owned());
+        self.phase = Phase::Settling;
+        let until = self.queue.now() + SETTLE_WITHIN;
+        self.wait_for(until, "requests are answered", |cluster| {
+            cluster.load.is_idle()
+        })?;
+        self.wait_for(until, "silence comes", Self::is_silent_and_whole)?;
+        let Some(primary) = self.open_primary() else {
+            return Err(Violation::new(HEALS, "no primary after settling"));
+        };
+        let blocks = self.scenario.blocks;
+        for node in 0..self.scenario.data_nodes {
+            let one = (node_id(primary), &self.machines[primary].disk);
+            equal::check(blocks, one, (node_id(node), &self.machines[node].disk))?;
+            if node != primary {
+                marked::drained(self.engine(primary), node_id(node))?;
+            }
+        }
+        self.read_everything(primary)?;
+        let until = self.queue.now() + SETTLE_WITHIN;
+        self.wait_for(until, "reads are answered", |cluster| {
+            cluster.load.is_idle()
+        })
+    }
+
+    fn wait_for(&mut self, until: Time, what: &str, done: impl Fn(&Self) -> bool) -> Verdict {
+        while !done(self) {
+            if self.queue.now() >= until {
+                return Err(Violation::new(
+                    HEALS,
+                    format!(
+                        "waited in vain until {what}; oldest request: {}",
+                        self.load.oldest()
+                    ),
+                ));
+            }
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    fn is_silent_and_whole(&self) -> bool {
+        self.is_silent() && self.all_in_sync() && self.open_primary().is_some()
+    }
+
+    /// Nothing is under way that could change a byte.
+    fn is_silent(&self) -> bool {
+        self.load.is_idle()
+            && self.net.under_way == 0
+            && self.machines.iter().all(|machine| machine.disk.is_idle())
+    }
+
+    /// In a quiet moment of the trouble phase: replicas in sync are equal, the others marked.
+    pub(super) fn look_when_quiet(&mut self) -> Verdict {
+        if !self.quiet || self.compared || !self.is_silent() {
+            return Ok(());
+        }
+        let Some(primary) = self.open_primary() else {
+            return Ok(());
+        };
+        let volume = self.control.volume();
+        if self.machines[primary].known_volume().epoch != volume.epoch
+            || !self.machines[primary].acts()
+        {
+            return Ok(());
+        }
+        self.compared = true;
+        let blocks = self.scenario.blocks;
+        for node in 0..self.scenario.data_nodes {
+            if node == primary || !self.is_attached(node) {
+                continue;
+            }
+            let ours = (node_id(primary), &self.machines[primary].disk);
+            let theirs = (node_id(node), &self.machines[node].disk);
+            if volume.in_sync.contains(&node_id(node)) {
+                if self.is_established(primary, node) {
+                    equal::check(blocks, ours, theirs)?;
+                }
+            } else if !self.net.is_linked(primary, node)
+                || !self.net.wants_connection(primary, node)
+            {
+                // On a link that is broken and not known to be, what was sent is awaited: neither
+                // there nor marked yet.
+                let engines = (self.engine(primary), self.engine(node));
+                marked::check(blocks, ours, theirs, engines)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn engine(&self, node: Index) -> Option<&relevo_replication::Engine> {
+        self.machines[node].process.as_ref()?.engine.as_ref()
+    }
+
+    fn is_attached(&self, node: Index) -> bool {
+        self.machines[node].acts()
+            && self.machines[node]
+                .process
+                .as_ref()
+                .is_some_and(|process| process.attached && !process.disk_failed)
+    }
+
+    /// Primary and secondary agree that they are in sync, on one link.
+    fn is_established(&self, primary: Index, node: Index) -> bool {
+        let linked = self.net.is_linked(primary, node) && !self.net.wants_connection(primary, node);
+        let (Some(ours), Some(theirs)) = (self.engine(primary), self.engine(node)) else {
+            return false;
+        };
+        let theirs = theirs.status();
+        linked
+            && ours.status().peers.get(&node_id(node)) == Some(&PeerState::Established)
+            && theirs.disk == DiskState::UpToDate
+            && theirs.certain
+            && index_of(node_id(node)) == node
+    }
+}

@@ -1,0 +1,242 @@
+//! The control log as an oracle: one linearizable log outside of all nodes.
+//!
+//! A command commits if its proposer, at that moment, reaches a majority of the voters both ways;
+//! applying it is the production code (`ClusterState::apply`). Nodes learn what was committed later,
+//! may skip states in between, and keep what they know over restarts. `cluster` asks this module
+//! and delivers.
+
+use std::sync::Arc;
+
+use relevo_types::{
+    ClusterId, Epoch, LineageId, NodeId, Sensitivity, VolumeId,
+    cluster::{
+        AddressPart, ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Outcome, Part,
+        Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume, VolumeChange,
+        VolumePart,
+    },
+};
+
+/// The one volume of a run.
+pub const VOLUME: VolumeId = VolumeId(1);
+
+/// The cluster of every run.
+pub const CLUSTER: ClusterId = ClusterId([7; 16]);
+
+/// The committed state and its past.
+#[derive(Debug)]
+pub struct Control {
+    state: ClusterState,
+    snapshots: Vec<Arc<ClusterState>>,
+}
+
+impl Control {
+    /// A cluster of so many data nodes, with a witness or not, and one volume on all data nodes,
+    /// created: the state at the start of a run.
+    ///
+    /// # Errors
+    /// The control log refused a step; a bug in it or here.
+    pub fn new(
+        data_nodes: u32,
+        witness: bool,
+        size: u64,
+        lineage: LineageId,
+        sensitivity: Sensitivity,
+    ) -> Result<Self, Rejection> {
+        let mut state = ClusterState::default();
+        let node = |number: u32, kind| NodeSpec {
+            name: format!("n{number}"),
+            kind,
+            paths: vec![NodePath {
+                name: "lan".to_owned(),
+                address: std::net::IpAddr::from([127, 0, 0, 1]),
+                replication: false,
+            }],
+            ports: Ports::default(),
+        };
+        state.apply(&Command::Init {
+            cluster: CLUSTER,
+            name: "sim".to_owned(),
+            sensitivity,
+            node: node(1, NodeKind::Data),
+        })?;
+        let mut join = |number: u32, kind| {
+            let hash = format!("{number}");
+            let token = JoinToken {
+                kind: None,
+                expires_unix_s: 1,
+            };
+            state.apply(&Command::CreateToken {
+                hash: hash.clone(),
+                token,
+            })?;
+            state.apply(&Command::Join {
+                hash,
+                now_unix_s: 0,
+                node: node(number, kind),
+            })?;
+            state.apply(&Command::AdmitVoter {
+                node: NodeId(number),
+            })
+        };
+        for number in 2..=data_nodes {
+            join(number, NodeKind::Data)?;
+        }
+        if witness {
+            join(data_nodes + 1, NodeKind::Witness)?;
+        }
+        let replicas = (1..=data_nodes)
+            .map(|number| ReplicaSpec {
+                node: NodeId(number),
+                protocol: Protocol::C,
+                backing: None,
+                force: false,
+            })
+            .collect();
+        state.apply(&Command::CreateVolume {
+            name: "data".to_owned(),
+            size,
+            lineage,
+            replicas,
+        })?;
+        for number in 1..=data_nodes {
+            state.apply(&Command::ReplicaCreated {
+                volume: VOLUME,
+                node: NodeId(number),
+            })?;
+        }
+        let snapshots = vec![Arc::new(state.clone())];
+        Ok(Self { state, snapshots })
+    }
+
+    /// The same with a service on the volume: its export, a virtual address, a process.
+    ///
+    /// # Errors
+    /// The control log refused it; a bug in it or here.
+    pub fn with_service(mut self) -> Result<Self, Rejection> {
+        let parts = vec![
+            Part::Volume(VolumePart {
+                volume: VOLUME,
+                device: true,
+            }),
+            Part::Address(AddressPart {
+                address: std::net::IpAddr::from([192, 0, 2, 1]),
+                prefix: 24,
+                interface: None,
+            }),
+            Part::Process(ProcessPart {
+                command: vec!["/bin/service".to_owned()],
+                environment: std::collections::BTreeMap::new(),
+                directory: None,
+                ready: None,
+            }),
+        ];
+        self.state.apply(&Command::CreateService {
+            spec: ServiceSpec {
+                name: "data".to_owned(),
+                parts,
+            },
+            target: None,
+        })?;
+        self.snapshots = vec![Arc::new(self.state.clone())];
+        Ok(self)
+    }
+
+    /// The committed state.
+    #[must_use]
+    pub const fn state(&self) -> &ClusterState {
+        &self.state
+    }
+
+    /// The newest committed state, to be handed to nodes.
+    #[must_use]
+    pub fn newest(&self) -> Arc<ClusterState> {
+        Arc::clone(&self.snapshots[self.snapshots.len() - 1])
+    }
+
+    /// A committed state of the past, by its number.
+    #[must_use]
+    pub fn snapshot(&self, number: usize) -> Arc<ClusterState> {
+        Arc::clone(&self.snapshots[number.min(self.snapshots.len() - 1)])
+    }
+
+    /// The number of the newest state.
+    #[must_use]
+    pub fn newest_number(&self) -> usize {
+        self.snapshots.len() - 1
+    }
+
+    /// The committed configuration of the volume.
+    #[must_use]
+    pub fn volume(&self) -> &Volume {
+        &self.state.volumes[&VOLUME]
+    }
+
+    /// Commits a command.
+    ///
+    /// # Errors
+    /// The state machine rejected it.
+    pub fn commit(&mut self, command: &Command) -> Result<Outcome, Rejection> {
+        let outcome = self.state.apply(command)?;
+        self.snapshots.push(Arc::new(self.state.clone()));
+        Ok(outcome)
+    }
+}
+
+/// The command that an engine's proposal stands for.
+#[must_use]
+pub const fn volume_command(expect: Epoch, change: VolumeChange) -> Command {
+    Command::Volume {
+        volume: VOLUME,
+        expect,
+        change,
+    }
+}
+
+/// A command in a few words, for traces.
+#[must_use]
+pub fn words(command: &Command) -> String {
+    match command {
+        Command::Volume { expect, change, .. } => match change {
+            VolumeChange::Promote { node } => format!("promote {node} at {expect}"),
+            VolumeChange::Demote { node } => format!("demote {node} at {expect}"),
+            VolumeChange::Leave { nodes } => format!("leave {nodes:?} at {expect}"),
+            VolumeChange::Join { node } => format!("join {node} at {expect}"),
+        },
+        Command::Evict { node, proof, .. } => format!("evict {node} {proof:?}"),
+        Command::Readmit { node, .. } => format!("readmit {node}"),
+        other => format!("{other:?}"),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    /// A configuration, for tests of checkers.
+    pub(crate) fn volume(epoch: u64, primary: Option<u32>, in_sync: &[u32]) -> Volume {
+        Volume {
+            id: VOLUME,
+            name: "data".to_owned(),
+            size: 4096,
+            lineage: LineageId(1),
+            epoch: Epoch(epoch),
+            primary: primary.map(NodeId),
+            in_sync: in_sync.iter().copied().map(NodeId).collect::<BTreeSet<_>>(),
+            replicas: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn a_run_begins_with_a_created_volume() {
+        let mut control = Control::new(2, true, 1 << 20, LineageId(1), Sensitivity::Fast).unwrap();
+        assert_eq!(control.volume().epoch, Epoch(1));
+        assert_eq!(control.state().majority(), 2);
+        let promote = volume_command(Epoch(1), VolumeChange::Promote { node: NodeId(1) });
+        control.commit(&promote).unwrap();
+        assert!(control.commit(&promote).is_err());
+        assert_eq!(control.newest_number(), 1);
+        assert_eq!(control.snapshot(0).volumes[&VOLUME].primary, None);
+    }
+}

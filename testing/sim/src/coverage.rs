@@ -1,0 +1,89 @@
+//! Marks that say which interesting situations a batch of runs reached. A simulator that no longer
+//! reaches them finds nothing, and says so only here: the batch test asserts that all are reached.
+
+use std::collections::BTreeMap;
+
+/// Every mark, with what it stands for. Asserted over a batch.
+pub const ALL: &[&str] = &[
+    "a write was acknowledged",
+    "a read was held while the lease was over",
+    "an unflushed write was lost with the power",
+    "activity log: a region was evicted",
+    "commit: join",
+    "commit: leave",
+    "commit: demote",
+    "commit: evict, condemned",
+    "crash between two effects of one input",
+    "crash while a resync runs to or from the node",
+    "crash while promoting, before opening",
+    "disk error on flush",
+    "disk error on read",
+    "disk error on write",
+    "failover: another node opened than before",
+    "heartbeats and log cut, replication not",
+    "link broke with messages under way",
+    "link replaced without a word",
+    "metadata of an unclean end was read",
+    "node paused past its lease",
+    "one direction cut alone",
+    "power loss of the primary",
+    "power loss of all data nodes",
+    "reconciliation carried a tail",
+    "reconciliation found a member that could not tell",
+    "refused: a stale epoch",
+    "resync: started",
+    "resync: ended with a join",
+    "resync: link lost while it ran",
+    "a join was lost with its link or node",
+    "a member told of another one's dirty blocks",
+    "superblock slot 0 written",
+    "superblock slot 1 written",
+    "switchover: the old primary demoted, another opened",
+    "the log was out of reach for the primary",
+    "the disk of a secondary hangs, its daemon lives",
+    "unaligned read",
+    "write waited for the commit of a leave",
+    "zeroes written",
+];
+
+/// Counters of marks.
+#[derive(Clone, Debug, Default)]
+pub struct Marks(BTreeMap<&'static str, u64>);
+
+impl Marks {
+    /// The mark was reached once more.
+    pub fn reached(&mut self, mark: &'static str) {
+        debug_assert!(ALL.contains(&mark), "unknown mark `{mark}`");
+        *self.0.entry(mark).or_default() += 1;
+    }
+
+    /// How often a mark was reached.
+    #[must_use]
+    pub fn count(&self, mark: &str) -> u64 {
+        self.0.get(mark).copied().unwrap_or(0)
+    }
+
+    /// Adds another run's counters.
+    pub fn add(&mut self, other: &Self) {
+        for (mark, count) in &other.0 {
+            *self.0.entry(mark).or_default() += count;
+        }
+    }
+
+    /// The marks that were never reached.
+    #[must_use]
+    pub fn missing(&self) -> Vec<&'static str> {
+        ALL.iter()
+            .copied()
+            .filter(|mark| self.count(mark) == 0)
+            .collect()
+    }
+
+    /// One line a mark.
+    #[must_use]
+    pub fn table(&self) -> String {
+        ALL.iter()
+            .map(|mark| format!("{:>10}  {mark}\n", self.count(mark)))
+            .collect()
+    }
+}

@@ -1,0 +1,291 @@
+//! What a seed stands for: sizes, workload, and which faults happen how often. Each seed switches a
+//! random part of the faults off (swarm testing): a run with only a few kinds of fault goes deeper
+//! into what these do than a run with all of them.
+
+use std::{str::FromStr, time::Duration};
+
+use relevo_replication::lab::PlantedBug;
+use relevo_types::Sensitivity;
+
+use crate::{faults::Fault, rng::Rng};
+
+/// A bug put into the engine on purpose, to prove that the checkers catch it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Planted(pub PlantedBug);
+
+impl Planted {
+    /// Every one, with its name on the command line.
+    pub const ALL: [(PlantedBug, &'static str); 5] = [
+        (
+            PlantedBug::AckBeforeLeaveCommitted,
+            "ack-before-leave-committed",
+        ),
+        (PlantedBug::ClearDirtyWithoutAck, "clear-dirty-without-ack"),
+        (PlantedBug::SkipActivityWait, "skip-activity-wait"),
+        (PlantedBug::OpenBeforeReconcile, "open-before-reconcile"),
+        (PlantedBug::IgnoreLowerEpoch, "ignore-lower-epoch"),
+    ];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL
+            .iter()
+            .find(|(bug, _)| *bug == self.0)
+            .map_or("", |(_, name)| name)
+    }
+}
+
+impl FromStr for Planted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names: Vec<&str> = Self::ALL.iter().map(|(_, name)| *name).collect();
+        Self::ALL
+            .iter()
+            .find(|(_, name)| *name == text)
+            .map(|(bug, _)| Self(*bug))
+            .ok_or_else(|| format!("`{text}` is none of {}", names.join(", ")))
+    }
+}
+
+impl FromStr for CrashPoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let explain = || format!("`{text}` is not NODE:EFFECT:power or NODE:EFFECT:process");
+        let mut parts = text.split(':');
+        let mut number = || {
+            parts
+                .next()
+                .and_then(|part| part.parse::<u64>().ok())
+                .ok_or_else(explain)
+        };
+        let (node, disk_effect) = (number()?, number()?);
+        let power = match parts.next() {
+            Some("power") => true,
+            Some("process") => false,
+            _ => return Err(explain()),
+        };
+        Ok(Self {
+            node: usize::try_from(node)
+                .ok()
+                .and_then(|node| node.checked_sub(1))
+                .ok_or_else(explain)?,
+            disk_effect,
+            power,
+        })
+    }
+}
+
+/// A crash at one exact point, for crash enumeration.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CrashPoint {
+    /// The node, by position.
+    pub node: usize,
+    /// Before its disk effect of this number (counted from 0 over the run).
+    pub disk_effect: u64,
+    /// The power goes, not only the process.
+    pub power: bool,
+}
+
+/// Everything that a run is made from.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Where all chance comes from.
+    pub seed: u64,
+    /// Nodes with a replica.
+    pub data_nodes: usize,
+    /// A further voter without one.
+    pub witness: bool,
+    /// The time-outs.
+    pub sensitivity: Sensitivity,
+    /// Size of the volume, in blocks.
+    pub blocks: u64,
+    /// Regions that the activity log holds at once.
+    pub active_regions: usize,
+    /// The blocks that the workload uses most.
+    pub hot: Vec<u64>,
+    /// Requests in flight at most.
+    pub clients: usize,
+    /// A client waits up to this long between requests, in microseconds.
+    pub think_us: u64,
+    /// Reads, in percent; of the rest:
+    pub reads: f64,
+    /// flushes, in percent; and of the writes:
+    pub flushes: f64,
+    /// with FUA, in percent;
+    pub fua: f64,
+    /// zeroes, in percent.
+    pub zeroes: f64,
+    /// Faults with their weights.
+    pub faults: Vec<(Fault, u64)>,
+    /// Mean time between faults.
+    pub fault_every: Duration,
+    /// A fault is followed by another one at once, in percent.
+    pub bursts: f64,
+    /// While the cluster heals there are no writes until it is whole: nothing then hides what is
+    /// wrong, or shakes a peer awake.
+    pub idle_heal: bool,
+    /// When all is whole, the disk of a secondary hangs while its daemon lives: writes must go on
+    /// without it after a while.
+    pub hang_one: bool,
+    /// A daemon whose disk failed is started again after so many milliseconds.
+    pub repair_after_ms: u64,
+    /// How often something interesting is followed by a crash close by, in percent.
+    pub ambush: f64,
+    /// How long faults happen, each round.
+    pub trouble: Duration,
+    /// Rounds of trouble and healing.
+    pub rounds: usize,
+    /// Slowest usual disk operation, in microseconds.
+    pub disk_us: u64,
+    /// Slowest usual message, in microseconds.
+    pub net_us: u64,
+    /// Layer 2: the real node managers instead of the oracle of `cluster::govern`.
+    pub managed: bool,
+    /// Heartbeats that get lost, in percent.
+    pub datagram_loss: f64,
+    /// The short schedule of crash enumeration, not the seed's own.
+    pub short: bool,
+    /// A planted bug.
+    pub planted: Option<Planted>,
+    /// Crash enumeration: the one crash of the run.
+    pub crash_point: Option<CrashPoint>,
+}
+
+impl Scenario {
+    /// The scenario of a seed.
+    #[must_use]
+    pub fn of_seed(seed: u64) -> Self {
+        let mut rng = Rng::new(seed, 0);
+        let data_nodes = if rng.chance(50.0) { 2 } else { 3 };
+        // Two voters can't lose one; it is the rare case, for the waits.
+        let witness = if data_nodes == 2 {
+            rng.chance(90.0)
+        } else {
+            rng.chance(30.0)
+        };
+        // Regions of the activity log have 256 blocks; the last one may be short.
+        let blocks = rng.pick(&[100, 600, 1300, 2048]);
+        // Few blocks collide often; but what goes wrong with a block is soon written over. Many
+        // keep it until the replicas are compared.
+        let hot_count = rng.pick(&[4, 16, 64, 400]);
+        let hot = (0..hot_count).map(|_| rng.below(blocks)).collect();
+        let mut faults: Vec<(Fault, u64)> = Fault::ALL
+            .iter()
+            .map(|fault| (*fault, rng.between(1, 10) * u64::from(rng.chance(55.0))))
+            .filter(|(_, weight)| *weight > 0)
+            .collect();
+        if faults.is_empty() {
+            faults.push((Fault::CrashProcess, 1));
+        }
+        Self {
+            seed,
+            data_nodes,
+            witness,
+            sensitivity: Sensitivity::Fast,
+            blocks,
+            active_regions: rng.pick(&[2, 3, 4]),
+            hot,
+            clients: rng.pick(&[1, 2, 4, 8]),
+            think_us: rng.pick(&[1000, 4000, 15_000]),
+            reads: rng.pick(&[20.0, 40.0, 60.0]),
+            flushes: rng.pick(&[0.0, 5.0, 25.0]),
+            fua: rng.pick(&[0.0, 10.0, 50.0]),
+            zeroes: rng.pick(&[0.0, 5.0, 20.0]),
+            faults,
+            fault_every: Duration::from_millis(rng.pick(&[40, 120, 300])),
+            bursts: rng.pick(&[0.0, 20.0, 60.0]),
+            idle_heal: rng.chance(50.0),
+            hang_one: rng.chance(10.0),
+            repair_after_ms: rng.pick(&[300, 6000]),
+            ambush: rng.pick(&[0.0, 5.0, 25.0]),
+            trouble: Duration::from_millis(rng.pick(&[400, 800, 1600])),
+            rounds: rng.pick(&[1, 1, 2, 3]),
+            disk_us: rng.pick(&[200, 1000, 4000]),
+            net_us: rng.pick(&[100, 1000, 5000]),
+            managed: false,
+            datagram_loss: rng.pick(&[0.0, 1.0, 10.0]),
+            short: false,
+            planted: None,
+            crash_point: None,
+        }
+    }
+
+    /// The seed's scenario with the real managers.
+    #[must_use]
+    pub fn managed(seed: u64) -> Self {
+        let mut scenario = Self::of_seed(seed);
+        // What these do is the manager's business: it decides who is primary.
+        scenario
+            .faults
+            .retain(|(fault, _)| !matches!(fault, Fault::Switchover | Fault::Restart));
+        scenario.faults.push((Fault::CrashProcess, 2));
+        scenario.faults.push((Fault::MoveService, 3));
+        Self {
+            managed: true,
+            witness: scenario.data_nodes == 2 || scenario.witness,
+            ..scenario
+        }
+    }
+
+    /// A short schedule without any chance fault, for crash enumeration: the switchover, the loss of
+    /// a link and a resync are in it.
+    #[must_use]
+    pub fn short(seed: u64) -> Self {
+        Self {
+            data_nodes: 2,
+            witness: true,
+            blocks: 600,
+            active_regions: 2,
+            clients: 2,
+            think_us: 3000,
+            flushes: 10.0,
+            faults: vec![
+                (Fault::BreakLink, 3),
+                (Fault::Switchover, 1),
+                (Fault::CutPair, 1),
+            ],
+            fault_every: Duration::from_millis(150),
+            ambush: 0.0,
+            trouble: Duration::from_millis(700),
+            rounds: 1,
+            hang_one: false,
+            disk_us: 1000,
+            net_us: 1000,
+            short: true,
+            ..Self::of_seed(seed)
+        }
+    }
+
+    /// The arguments of `sim` that run this scenario again.
+    #[must_use]
+    pub fn arguments(&self) -> String {
+        let mut text = format!("--seed {}", self.seed);
+        if self.short {
+            text.push_str(" --short");
+        }
+        if self.managed {
+            text.push_str(" --managed");
+        }
+        if let Some(point) = self.crash_point {
+            text.push_str(&format!(
+                " --crash {}:{}:{}",
+                point.node + 1,
+                point.disk_effect,
+                if point.power { "power" } else { "process" }
+            ));
+        }
+        if let Some(bug) = self.planted {
+            text.push_str(&format!(" --planted {}", bug.name()));
+        }
+        text
+    }
+
+    /// All voters.
+    #[must_use]
+    pub fn nodes(&self) -> usize {
+        self.data_nodes + usize::from(self.witness)
+    }
+}

@@ -1,0 +1,57 @@
+//! Ten thousand seeds, after those that ever failed.
+
+use sim::{batch, scenario::Scenario};
+
+/// Seeds run by default; `RELEVO_SIM_SEEDS` gives another number.
+const SEEDS: u64 = 10_000;
+
+/// From so many seeds on, every mark must have been reached.
+const SEEDS_FOR_COVERAGE: u64 = 2_000;
+
+#[test]
+fn seeds_that_ever_failed_pass() {
+    for seed in batch::seeds_of(include_str!("../../seeds.txt")) {
+        if let Err(failure) = batch::run_with_story(&Scenario::of_seed(seed)) {
+            panic!("{failure}");
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_seeds_keep_every_promise() {
+    let seeds = std::env::var("RELEVO_SIM_SEEDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(SEEDS);
+    let totals = batch::run_many(0..seeds, batch::threads(), Scenario::of_seed);
+    if let Some(failure) = totals.failures.first() {
+        panic!("{failure}");
+    }
+    println!(
+        "{} seeds, {} events, {} requests answered\n{}",
+        totals.runs,
+        totals.events,
+        totals.answered,
+        totals.marks.table()
+    );
+    assert_eq!(totals.runs, seeds);
+    if seeds >= SEEDS_FOR_COVERAGE {
+        let missing = totals.marks.missing();
+        assert!(
+            missing.is_empty(),
+            "never reached in {seeds} seeds: {missing:?}"
+        );
+    }
+}
+
+#[test]
+fn a_seed_is_the_same_run_again() {
+    for seed in [3, 4] {
+        let counts = || {
+            let summary =
+                batch::run_with_story(&Scenario::of_seed(seed)).map_err(|f| f.to_string());
+            summary.map(|summary| (summary.events, summary.answered, summary.disk_effects))
+        };
+        assert_eq!(counts(), counts());
+    }
+}
