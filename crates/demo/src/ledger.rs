@@ -52,7 +52,11 @@ impl Client {
             command = command.in_namespace(namespace);
         }
         let child = command.spawn().context("start the client")?;
-        Ok(Self { child, journal, read: RefCell::default() })
+        Ok(Self {
+            child,
+            journal,
+            read: RefCell::default(),
+        })
     }
 
     /// Every entry acknowledged so far, in order.

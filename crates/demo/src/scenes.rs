@@ -44,6 +44,9 @@ const CALM: Duration = Duration::from_millis(300);
 /// tick and a loaded machine.
 const ADDRESS_GONE_BOUND: Duration = Duration::from_millis(2000);
 
+/// A data link that had to be made on another path is back on the replication path after this.
+const LINK_RETURN: Duration = Duration::from_secs(3);
+
 /// A scene of the demo.
 #[derive(Debug)]
 pub struct Scene {
@@ -578,6 +581,8 @@ fn partition(stage: &mut Stage<'_>, report: &mut SceneReport) -> anyhow::Result<
 
 fn replication_cut(stage: &mut Stage<'_>, report: &mut SceneReport) -> anyhow::Result<()> {
     let active = report.active_before.clone();
+    // After an earlier scene the link may still be on its way back to the path that is cut here.
+    std::thread::sleep(LINK_RETURN);
     stage.lab.set_cables(&active, Some("repl"), false)?;
     let cut = now();
     // Replication gives the silent link up after the dead time and goes on along the other path.

@@ -1,9 +1,9 @@
 //! Connections between replicas: the node with the lower id dials, the other one listens.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -25,6 +25,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 const BACKOFF_MOST: Duration = Duration::from_millis(500);
 
+/// A link that had to be made on another path looks this often whether a path that is marked for
+/// replication is back. Long against the short resync that changing paths costs.
+const PREFER_EVERY: Duration = Duration::from_secs(2);
+
 /// Dials peers. One task for each volume and peer at a time.
 #[derive(Clone)]
 pub(crate) struct Dialer {
@@ -37,6 +41,8 @@ struct Inner {
     volumes: Volumes,
     states: watch::Receiver<Arc<ClusterState>>,
     dialing: Mutex<BTreeSet<(VolumeId, NodeId)>>,
+    /// Where each link last went to.
+    remotes: Mutex<BTreeMap<(VolumeId, NodeId), IpAddr>>,
     runtime: Handle,
 }
 
@@ -67,6 +73,7 @@ pub(crate) fn start(
             volumes: volumes.clone(),
             states,
             dialing: Mutex::default(),
+            remotes: Mutex::default(),
             runtime: Handle::current(),
         }),
     });
@@ -102,9 +109,52 @@ impl Dialer {
             // Before the link is handed over: if it breaks at once, it is dialed again at once.
             lock(&inner.dialing).remove(&(volume, peer));
             if let Some(link) = link {
-                inner.volumes.link(link);
+                let remote = link.remote.ip();
+                inner.hand_over(link);
+                prefer(&inner, volume, peer, remote).await;
             }
         });
+    }
+}
+
+impl Inner {
+    fn hand_over(&self, link: EstablishedLink) {
+        tracing::info!(volume = %link.volume, peer = %link.peer, remote = %link.remote, "a data link is made");
+        lock(&self.remotes).insert((link.volume, link.peer), link.remote.ip());
+        self.volumes.link(link);
+    }
+}
+
+/// Brings a link back to a path that is marked for replication, when it had to be made on another
+/// one. Ends when the link changed otherwise.
+async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
+    loop {
+        let preferred: Vec<SocketAddr> = {
+            let state = inner.states.borrow();
+            let Some(node) = state.nodes.get(&peer) else {
+                return;
+            };
+            let marked = node.spec.paths.iter().filter(|path| path.replication);
+            marked
+                .map(|path| SocketAddr::new(path.address, node.spec.ports.data))
+                .collect()
+        };
+        if preferred.is_empty() || preferred.iter().any(|address| address.ip() == remote) {
+            return;
+        }
+        tokio::time::sleep(PREFER_EVERY).await;
+        let unchanged = lock(&inner.remotes).get(&(volume, peer)) == Some(&remote);
+        if !unchanged || inner.volumes.shared.live(volume).is_none() {
+            return;
+        }
+        let dialed = inner
+            .dialer
+            .dial(peer, &preferred, volume, CONNECT_TIMEOUT)
+            .await;
+        if let Ok(link) = dialed {
+            inner.hand_over(link);
+            return;
+        }
     }
 }
 
