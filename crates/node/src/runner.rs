@@ -24,7 +24,7 @@ const PART_TIMEOUT: Duration = Duration::from_secs(60);
 const FORCE_AGAIN: Duration = Duration::from_secs(5);
 
 /// An engine that was told to step down is told again after this long, in case it restarted.
-const DEMOTE_AGAIN: Duration = Duration::from_secs(1);
+pub(crate) const DEMOTE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What a runner needs of its node.
 pub(crate) struct Context<'a> {
@@ -224,8 +224,12 @@ impl Runner {
             }
             self.force(context.now, "the service was taken from this node");
         }
-        if let Some(reason) = self.closed_below(context) {
-            self.failure = Some(reason.clone());
+        if let Some((volume, reason)) = self.closed_below(context) {
+            // A lost role is no failure: evicted and given the service anew before it knew of it,
+            // the node starts again. A disk that failed is.
+            if context.engines.disk(volume) == Some(DiskState::Failed) {
+                self.failure = Some(reason.clone());
+            }
             self.force(context.now, &reason);
         }
         // A phase that ends leads to the next one at once.
@@ -244,8 +248,8 @@ impl Runner {
         }
     }
 
-    /// A volume that parts stand on is no longer open: why.
-    fn closed_below(&self, context: &Context<'_>) -> Option<String> {
+    /// A volume that parts stand on is no longer open: which and why.
+    fn closed_below(&self, context: &Context<'_>) -> Option<(relevo_types::VolumeId, String)> {
         if !matches!(
             self.phase,
             Phase::Starting | Phase::Running | Phase::Stopping
@@ -254,7 +258,8 @@ impl Runner {
         }
         self.slots.iter().find_map(|slot| match &slot.part {
             Part::Volume(part) if slot.touched && !context.engines.is_open(part.volume) => {
-                Some(context.engines.why_closed(part.volume, context.state))
+                let why = context.engines.why_closed(part.volume, context.state);
+                Some((part.volume, why))
             }
             _ => None,
         })
@@ -286,7 +291,9 @@ impl Runner {
                 if !context.engines.is_open(volume) {
                     match promote(context, volume, &self.name) {
                         Ok(waiting) => self.waiting = Some(waiting),
-                        Err(failure) => self.fail(context.now, failure),
+                        Err(NotHere::Broken(failure)) => self.fail(context.now, failure),
+                        // Nothing is wrong with this node; it may get the service again.
+                        Err(NotHere::Behind(reason)) => self.stop(context.now, &reason),
                     }
                     return false;
                 }
@@ -509,18 +516,27 @@ impl Runner {
     }
 }
 
+/// Why this node can't be primary.
+enum NotHere {
+    /// Something failed: a person has to look at it.
+    Broken(String),
+    /// Its replica lacks writes: a resync mends that.
+    Behind(String),
+}
+
 /// Makes this node primary of a volume. `Ok`: what is waited for; `Err`: it can't be.
 fn promote(
     context: &mut Context<'_>,
     id: relevo_types::VolumeId,
     service: &str,
-) -> Result<String, String> {
+) -> Result<String, NotHere> {
     let Some(volume) = context.state.volumes.get(&id) else {
-        return Err(format!("volume {id} does not exist"));
+        return Err(NotHere::Broken(format!("volume {id} does not exist")));
     };
     let name = &volume.name;
     if context.engines.disk(id) == Some(DiskState::Failed) {
-        return Err(format!("the disk of volume `{name}` is unusable here"));
+        let reason = format!("the disk of volume `{name}` is unusable here");
+        return Err(NotHere::Broken(reason));
     }
     match volume.primary {
         Some(primary) if primary == context.me => Ok(context.engines.why_not_open(id, name)),
@@ -528,9 +544,9 @@ fn promote(
             "volume `{name}` has {} as primary; it has to step down or be evicted",
             context.state.node_name(primary)
         )),
-        None if !volume.in_sync.contains(&context.me) => Err(format!(
+        None if !volume.in_sync.contains(&context.me) => Err(NotHere::Behind(format!(
             "this node is not in sync on volume `{name}` any more"
-        )),
+        ))),
         None => {
             let command = Command::Volume {
                 volume: id,

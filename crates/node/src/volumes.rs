@@ -9,10 +9,10 @@ use relevo_planner::ReplicaView;
 use relevo_replication::io::{DiskState, EngineStatus, VolumeEvent};
 use relevo_types::{
     NodeId, Time, VolumeId,
-    cluster::{ClusterState, Command, ReplicaStanding, Volume},
+    cluster::{ClusterState, Command, ReplicaStanding, Volume, VolumeChange},
 };
 
-use crate::{Effect, VolumeOrder, proposals::Proposals};
+use crate::{Effect, VolumeOrder, proposals::Proposals, runner::DEMOTE_AGAIN};
 
 /// One engine as it told.
 #[derive(Debug)]
@@ -34,6 +34,9 @@ pub(crate) struct Engines {
     creating: BTreeMap<VolumeId, Option<Result<(), String>>>,
     /// Replicas that exist here.
     local: BTreeSet<VolumeId>,
+    /// Volumes whose service another node holds while this one is primary, and when it was told
+    /// to step down.
+    orphans: BTreeMap<VolumeId, Time>,
 }
 
 impl Engines {
@@ -179,8 +182,56 @@ impl Engines {
                             order: VolumeOrder::Config(config),
                         });
                     }
+                    self.leave_to_holder(now, me, state, volume, proposals, out);
                 }
             }
+        }
+    }
+
+    /// Steps down where another node holds the service of a volume. A promotion that was under way
+    /// when the service was given back is committed after the release: without this the new holder
+    /// would wait for this node for ever.
+    fn leave_to_holder(
+        &mut self,
+        now: Time,
+        me: NodeId,
+        state: &ClusterState,
+        volume: &Volume,
+        proposals: &mut Proposals,
+        out: &mut Vec<Effect>,
+    ) {
+        let id = volume.id;
+        let holder = state
+            .services
+            .values()
+            .filter(|service| service.spec.volumes().any(|used| used == id))
+            .find_map(|service| service.holder.filter(|holder| *holder != me));
+        let Some(holder) = holder.filter(|_| volume.primary == Some(me)) else {
+            self.orphans.remove(&id);
+            return;
+        };
+        if self.is_dead(id) {
+            let command = Command::Volume {
+                volume: id,
+                expect: volume.epoch,
+                change: VolumeChange::Demote { node: me },
+            };
+            let reason = format!(
+                "volume `{}` is closed on this node, and {} holds its service",
+                volume.name,
+                state.node_name(holder)
+            );
+            proposals.want(now, state.revision, command, &reason, out);
+        } else if self
+            .orphans
+            .get(&id)
+            .is_none_or(|told| now >= *told + DEMOTE_AGAIN)
+        {
+            self.orphans.insert(id, now);
+            out.push(Effect::Volume {
+                volume: id,
+                order: VolumeOrder::Demote,
+            });
         }
     }
 

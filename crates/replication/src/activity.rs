@@ -72,6 +72,11 @@ impl Activity {
         self.limit = Limit(regions.clamp(2, HOT_MAX));
     }
 
+    /// Regions that are hot at most. A job must not need more.
+    pub(crate) fn limit(&self) -> usize {
+        self.limit.0
+    }
+
     /// Pins the regions if all are hot; else the job waits, and [`Activity::warmed`] names it.
     pub(crate) fn pin_or_wait(&mut self, job: JobId, regions: Vec<Region>) -> bool {
         if self.pin(&regions) {

@@ -7,7 +7,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 
 use crate::{
     io::Effect,
-    machine::{Machine, Role},
+    machine::{Machine, Role, mask},
     ops::Cx,
     sync::Session,
 };
@@ -15,6 +15,10 @@ use crate::{
 /// Messages of one link that wait while an earlier one gets durable. A primary keeps at most
 /// `WINDOW_MAX` writes open and as many resync writes as fit the window, so more is a broken peer.
 const INBOX_MAX: usize = 16_384;
+
+/// A peer that is alive but owes an answer that needs its disk, and answers nothing for this many
+/// link time-outs, is given up too: its disk hangs, and with it every application here.
+const STALL_TIMEOUTS: u32 = 10;
 
 /// A link.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub(crate) struct Link {
     /// A message is being made durable; later ones wait.
     blocked: bool,
     heard: Time,
+    /// When it last said anything but a sign of life.
+    answered: Time,
     /// Since when the peer owes an answer and is silent.
     owed: Option<Time>,
     pinged: bool,
@@ -67,6 +73,7 @@ impl Machine {
             inbox: VecDeque::new(),
             blocked: false,
             heard: cx.now,
+            answered: cx.now,
             owed: None,
             pinged: false,
             incoming: None,
@@ -124,6 +131,7 @@ impl Machine {
             Message::Ping => self.send(cx, peer, Message::Pong),
             Message::Pong => link.pinged = false,
             message => {
+                link.answered = cx.now;
                 link.inbox.push_back(message);
                 if link.inbox.len() > INBOX_MAX {
                     self.protocol_error(cx, peer, "too many messages are under way");
@@ -285,11 +293,13 @@ impl Machine {
 
     /// Pings quiet links and closes those that owe an answer for too long.
     pub(crate) fn settle_links(&mut self, cx: &mut Cx<'_>) {
+        let stall_timeout = self.stall_timeout();
         for peer in self.links.keys().copied().collect::<Vec<_>>() {
-            let owes = self.owes(peer);
+            let stalls = self.unanswered_since(peer);
             let Some(link) = self.links.get_mut(&peer) else {
                 continue;
             };
+            let owes = link.pinged || link.hello.is_none() || stalls.is_some();
             if owes {
                 link.owed.get_or_insert(cx.now);
             } else {
@@ -302,6 +312,9 @@ impl Machine {
                 let silent_ms = cx.now.since(link.heard).as_millis();
                 let reason = format!("the peer owes an answer and is silent for {silent_ms} ms");
                 self.close_link(cx, peer, reason);
+            } else if stalls.is_some_and(|since| cx.now >= since + stall_timeout) {
+                let reason = "the peer is alive but does not answer a write: its disk hangs";
+                self.close_link(cx, peer, reason.to_owned());
             } else if !link.pinged
                 && link.hello.is_some()
                 && cx.now >= link.heard + self.config.ping_interval
@@ -313,28 +326,36 @@ impl Machine {
         }
     }
 
-    fn owes(&self, peer: NodeId) -> bool {
-        let Some(link) = self.links.get(&peer) else {
-            return false;
-        };
-        let bit = self.slot(peer).map_or(0, crate::machine::mask);
-        link.pinged
-            || link.hello.is_none()
-            || link.session.as_ref().is_some_and(Session::owes)
-            || match &self.role {
-                Role::Primary(primary) => primary.awaits(bit),
-                Role::Promoting(promotion) => promotion.awaits(peer),
-                Role::Secondary | Role::Yielding => false,
+    /// Since when a peer owes the answer to something that needs its disk and gives none. A slow
+    /// one that gives some gets on.
+    fn unanswered_since(&self, peer: NodeId) -> Option<Time> {
+        let slot = self.slot(peer)?;
+        let link = self.links.get(&peer)?;
+        let since = match &self.role {
+            Role::Primary(primary) => {
+                let session = link.session.as_ref()?;
+                let resync = session.owes().then_some(session.began);
+                resync.or_else(|| primary.unanswered_since(mask(slot)))
             }
+            Role::Promoting(promotion) => promotion.awaits(peer).then_some(promotion.began),
+            Role::Secondary | Role::Yielding => None,
+        };
+        Some(since?.max(link.answered))
+    }
+
+    fn stall_timeout(&self) -> std::time::Duration {
+        self.config.link_timeout * STALL_TIMEOUTS
     }
 
     /// When the next link needs a ping or is given up.
     pub(crate) fn links_deadline(&self) -> Time {
-        let due = self.links.values().flat_map(|link| {
+        let due = self.links.iter().flat_map(|(peer, link)| {
             let ping = (!link.pinged && link.hello.is_some())
                 .then(|| link.heard + self.config.ping_interval);
             let give_up = link.owed.map(|since| since + self.config.link_timeout);
-            ping.into_iter().chain(give_up)
+            let stalls = self.unanswered_since(*peer);
+            let stalls = stalls.map(|since| since + self.stall_timeout());
+            ping.into_iter().chain(give_up).chain(stalls)
         });
         due.min().unwrap_or(Time::NEVER)
     }

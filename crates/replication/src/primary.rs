@@ -33,7 +33,7 @@ pub(crate) struct Primary {
     /// Writes that somebody did not acknowledge yet.
     pub(crate) writes: BTreeMap<Seq, Write>,
     pub(crate) incomplete: BTreeSet<Seq>,
-    /// Bytes of `writes`.
+    /// Bytes of data of `writes`.
     pub(crate) write_bytes: u64,
     pub(crate) flushes: BTreeMap<u64, PendingFlush>,
     pub(crate) demotion: Demotion,
@@ -46,6 +46,7 @@ pub(crate) struct Primary {
 pub(crate) struct Write {
     pub(crate) epoch: Epoch,
     pub(crate) blocks: BlockRange,
+    data_bytes: u64,
     request: RequestId,
     job: JobId,
     pub(crate) local_done: bool,
@@ -62,6 +63,7 @@ pub(crate) struct Write {
 pub(crate) struct PendingFlush {
     request: Option<RequestId>,
     local_done: bool,
+    asked: u8,
     acked: u8,
     pub(crate) since: Time,
 }
@@ -93,10 +95,18 @@ impl Primary {
         }
     }
 
-    /// Whether a peer's acknowledgement is awaited.
-    pub(crate) fn awaits(&self, slot: u8) -> bool {
-        self.flushes.values().any(|flush| flush.acked & slot == 0)
-            || self.writes.values().any(|write| write.unacked & slot != 0)
+    /// Since when the replica of a slot owes the answer to a write or flush.
+    pub(crate) fn unanswered_since(&self, slot: u8) -> Option<Time> {
+        let write = self.writes.values().find(|write| write.unacked & slot != 0);
+        let flush = self
+            .flushes
+            .values()
+            .find(|flush| flush.asked & !flush.acked & slot != 0);
+        let write = write.map(|write| write.since);
+        write
+            .into_iter()
+            .chain(flush.map(|flush| flush.since))
+            .min()
     }
 }
 
@@ -185,10 +195,15 @@ impl Machine {
         let (epoch, complete) = (primary.epoch, primary.complete);
         primary.last_seq = seq;
         primary.incomplete.insert(seq);
-        primary.write_bytes += blocks.bytes().len;
+        let data_bytes = match body {
+            Body::Data(data) => data.len() as u64,
+            Body::Zeroes => 0,
+        };
+        primary.write_bytes += data_bytes;
         let write = Write {
             epoch,
             blocks,
+            data_bytes,
             request,
             job,
             local_done: false,
@@ -262,6 +277,7 @@ impl Machine {
             return;
         };
         let (job, request, blocks) = (write.job, write.request, write.blocks);
+        let data_bytes = write.data_bytes;
         let all_have_it = write.local_done && write.unacked == 0;
         let now_complete = !write.complete && write.local_done && required & !write.acked == 0;
         write.complete |= now_complete;
@@ -276,7 +292,7 @@ impl Machine {
         }
         if complete && all_have_it {
             primary.writes.remove(&seq);
-            primary.write_bytes -= blocks.bytes().len;
+            primary.write_bytes -= data_bytes;
         }
         if now_complete {
             self.open_gate(cx, job);
@@ -309,12 +325,14 @@ impl Machine {
         let id = self.next_id();
         let required = self.required();
         let sessions = self.sessions();
+        let sent = sessions.iter().fold(0, |all, (_, slot)| all | slot);
         let Some(primary) = self.primary_mut() else {
             return;
         };
         let flush = PendingFlush {
             request,
             local_done: false,
+            asked: required & sent,
             acked: 0,
             since: cx.now,
         };
@@ -330,11 +348,19 @@ impl Machine {
 
     /// Asks a peer that is about to be required for the flushes under way too.
     pub(crate) fn send_pending_flushes(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
-        let Some(primary) = self.primary() else {
+        let slot = self.slot(peer).map_or(0, mask);
+        let Some(primary) = self.primary_mut() else {
             return;
         };
         let epoch = primary.epoch;
-        for id in primary.flushes.keys().copied().collect::<Vec<_>>() {
+        let mut ids = Vec::new();
+        for (id, flush) in &mut primary.flushes {
+            // An answer that it gave in an earlier session does not count for this one.
+            flush.asked |= slot;
+            flush.acked &= !slot;
+            ids.push(*id);
+        }
+        for id in ids {
             self.send(cx, peer, Message::Flush { epoch, id });
         }
     }

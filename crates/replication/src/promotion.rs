@@ -38,6 +38,8 @@ pub(crate) struct Promotion {
     pub(crate) epoch: Epoch,
     /// When this node was named.
     pub(crate) since: Time,
+    /// When this attempt was started.
+    pub(crate) began: Time,
     /// Absent members were waited for long enough.
     pub(crate) patience_over: bool,
     members: BTreeMap<NodeId, Member>,
@@ -108,6 +110,7 @@ impl Machine {
             attempt,
             epoch: volume.epoch,
             since,
+            began: cx.now,
             patience_over: false,
             members: others.map(|node| (*node, Member::Absent)).collect(),
             step: Step::Gathering,
@@ -368,7 +371,7 @@ impl Machine {
         self.role = Role::Primary(Primary::new(epoch, in_sync.clone()));
         for peer in in_sync {
             if let Some(link) = self.links.get_mut(&peer) {
-                link.session = Some(Session::in_sync(epoch));
+                link.session = Some(Session::in_sync(epoch, cx.now));
                 let in_sync = members;
                 self.send(cx, peer, Message::EpochUpdate { epoch, in_sync });
             }

@@ -112,7 +112,8 @@ impl Machine {
         }
         let new_reign = known.is_none_or(|known| known.primary != volume.primary);
         let me = self.node();
-        let named = volume.primary == Some(me);
+        // One that names this node is over if a later primary was heard of in band.
+        let named = volume.primary == Some(me) && volume.epoch >= self.seen_epoch();
         let member = volume.in_sync.contains(&me);
         let (epoch, alone) = (volume.epoch, volume.in_sync.len() == 1);
         self.volume = Some(volume);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
+use relevo_format::Layout;
 use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange};
 use relevo_wire::Body;
 
@@ -20,12 +21,18 @@ const REQUESTS_MAX: usize = 16_384;
 /// Jobs in the gate at once: its cost grows with their number. Later requests wait in line.
 const JOBS_MAX: usize = 512;
 
-/// Bytes of writes that some replica has not acknowledged. A slow peer slows the application
+/// Bytes of data in writes that some replica has not acknowledged. A slow peer slows the application
 /// down here, instead of filling the memory.
 const WRITE_BYTES_MAX: u64 = 64 << 20;
 
-/// Longer writes go in pieces of this size, one after the other.
-const PIECE_BLOCKS_MAX: u64 = 2048;
+/// Longer writes of data go in pieces of this size, one after the other: 1 MiB, a quarter of what
+/// fits a message.
+const DATA_PIECE_BLOCKS: u64 = 256;
+
+/// Longer writes of zeroes go in pieces of this many regions, but of at most this part of those
+/// that the activity log holds: 64 MiB. Each piece of cold regions costs flushes, so large is
+/// good, and leaves room for others.
+const ZERO_PIECE_PART: usize = 4;
 
 /// The longest read: what NBD clients may ask for is below it.
 const READ_BYTES_MAX: u64 = 64 << 20;
@@ -175,7 +182,14 @@ impl Machine {
                     self.reply(cx, id, Ok(Bytes::new()));
                     return;
                 }
-                let piece = BlockRange::new(left.first, left.count.min(PIECE_BLOCKS_MAX));
+                let limit = match body {
+                    Body::Zeroes => {
+                        let regions = self.meta.activity.limit() / ZERO_PIECE_PART;
+                        regions.max(1) as u64 * Layout::REGION_BLOCKS
+                    }
+                    Body::Data(_) => DATA_PIECE_BLOCKS,
+                };
+                let piece = BlockRange::new(left.first, left.count.min(limit));
                 let piece_body = match body {
                     Body::Zeroes => Body::Zeroes,
                     Body::Data(data) => {

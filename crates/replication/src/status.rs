@@ -42,50 +42,53 @@ impl Machine {
     }
 
     fn peer_states(&self) -> BTreeMap<NodeId, PeerState> {
-        let reigning = self.reigning();
-        let mut peers: BTreeMap<NodeId, PeerState> = self
-            .volume
-            .iter()
-            .flat_map(|volume| volume.replicas.keys().copied())
-            .filter(|node| *node != self.node())
-            .map(|node| (node, PeerState::Connecting))
-            .collect();
-        for (peer, link) in &self.links {
-            let state = match link.session.as_ref().map(|session| session.stage) {
-                Some(Stage::InSync) => PeerState::Established,
-                Some(Stage::Starting | Stage::Copying | Stage::Barrier(_) | Stage::Joining) => {
-                    let dirty = self
-                        .slot(*peer)
-                        .map_or(0, |slot| self.meta.bitmaps.of(slot).count());
-                    PeerState::SyncSource { dirty }
-                }
-                None => match reigning {
-                    Some((primary, Part::Member)) if primary == *peer => PeerState::Established,
-                    Some((primary, Part::Target)) if primary == *peer => PeerState::SyncTarget,
-                    _ if link.hello.is_some() => PeerState::Connected,
-                    _ => PeerState::Connecting,
-                },
-            };
-            peers.insert(*peer, state);
+        self.other_replicas()
+            .map(|node| (node, self.peer_state(node)))
+            .collect()
+    }
+
+    fn other_replicas(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let replicas = self.volume.iter().flat_map(|volume| volume.replicas.keys());
+        replicas.copied().filter(|node| *node != self.node())
+    }
+
+    fn peer_state(&self, peer: NodeId) -> PeerState {
+        let Some(link) = self.links.get(&peer) else {
+            return PeerState::Connecting;
+        };
+        match link.session.as_ref().map(|session| session.stage) {
+            Some(Stage::InSync) => PeerState::Established,
+            Some(Stage::Starting | Stage::Copying | Stage::Barrier(_) | Stage::Joining) => {
+                let slot = self.slot(peer);
+                let dirty = slot.map_or(0, |slot| self.meta.bitmaps.of(slot).count());
+                PeerState::SyncSource { dirty }
+            }
+            None => match self.reigning() {
+                Some((primary, Part::Member)) if primary == peer => PeerState::Established,
+                Some((primary, Part::Target)) if primary == peer => PeerState::SyncTarget,
+                _ if link.hello.is_some() => PeerState::Connected,
+                _ => PeerState::Connecting,
+            },
         }
-        peers
     }
 
     /// Tells what is new of the peers; progress of a resync is in the status only.
     pub(crate) fn tell_peer_states(&mut self, cx: &mut Cx<'_>) {
-        let states = self.peer_states();
-        let same =
-            |a: &PeerState, b: &PeerState| std::mem::discriminant(a) == std::mem::discriminant(b);
-        for (node, state) in &states {
-            let told = self.told_peers.get(node).copied().unwrap_or_default();
-            if !same(&told, state) {
-                cx.emit(Effect::Event(VolumeEvent::Peer {
-                    node: *node,
-                    state: *state,
-                }));
+        let Some(volume) = self.volume.clone() else {
+            return;
+        };
+        // After every input, so without making a list.
+        for node in volume.replicas.keys().copied() {
+            if node == self.node() {
+                continue;
+            }
+            let state = self.peer_state(node);
+            let told = self.told_peers.entry(node).or_default();
+            if std::mem::discriminant(told) != std::mem::discriminant(&state) {
+                *told = state;
+                cx.emit(Effect::Event(VolumeEvent::Peer { node, state }));
             }
         }
-        self.told_peers = states;
     }
 
     /// What is waited for, for whom, since when.

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use relevo_types::{BlockRange, Epoch, NodeId, Seq};
+use relevo_types::{BlockRange, Epoch, NodeId, Seq, Time};
 use relevo_wire::{Body, Message};
 
 use crate::{
@@ -20,12 +20,17 @@ use crate::{
 /// application writes to the same blocks.
 pub(crate) const CHUNK_BLOCKS: u64 = 32;
 
+/// Resync writes under way to one peer at most, however short they are: they share the gate with
+/// the application's I/O and must leave it room.
+const CHUNKS_MAX: usize = 128;
+
 /// A session: from its begin every write is sent to the peer.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) stage: Stage,
     /// The epoch of its begin, echoed in `Uncertain`.
     epoch: Epoch,
+    pub(crate) began: Time,
     /// Where the search for dirty blocks goes on.
     cursor: u64,
     /// Being read or sent.
@@ -52,10 +57,11 @@ pub(crate) enum Stage {
 }
 
 impl Session {
-    fn new(stage: Stage, epoch: Epoch) -> Self {
+    fn new(stage: Stage, epoch: Epoch, began: Time) -> Self {
         Self {
             stage,
             epoch,
+            began,
             cursor: 0,
             busy: Blocks::default(),
             reads: BTreeSet::new(),
@@ -65,8 +71,8 @@ impl Session {
     }
 
     /// A session with a member whose tail was reconciled.
-    pub(crate) fn in_sync(epoch: Epoch) -> Self {
-        Self::new(Stage::InSync, epoch)
+    pub(crate) fn in_sync(epoch: Epoch, began: Time) -> Self {
+        Self::new(Stage::InSync, epoch, began)
     }
 
     /// Whether the peer owes an answer about the resync.
@@ -143,7 +149,7 @@ impl Machine {
             return;
         };
         if let Some(link) = self.links.get_mut(&peer) {
-            link.session = Some(Session::new(Stage::Starting, epoch));
+            link.session = Some(Session::new(Stage::Starting, epoch, cx.now));
             self.send(cx, peer, Message::StartSync { epoch });
         }
     }
@@ -188,7 +194,9 @@ impl Machine {
                 return;
             };
             let under_way = session.busy.count() * relevo_types::BLOCK_SIZE;
-            if session.stage != Stage::Copying || (under_way >= window && under_way > 0) {
+            let chunks = session.reads.len() + session.sent.len();
+            let full = chunks >= CHUNKS_MAX || (under_way >= window && under_way > 0);
+            if session.stage != Stage::Copying || full {
                 return;
             }
             let Some(chunk) = session.next_chunk(dirty) else {
@@ -276,27 +284,36 @@ impl Machine {
         }
     }
 
-    /// What other replicas lack: the new member must be able to resync them after a failover.
+    /// What other replicas may lack: the new member must be able to resync them after a failover.
+    /// That is what is marked for them, and what was sent to them and is not acknowledged yet: the
+    /// new member may have got it by its resync and not with a write that names who lacks it.
     fn send_dirty_maps(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
-        let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
+        let Some(primary) = self.primary() else {
             return;
         };
-        let own = mask(self.meta.own_slot());
-        let others = self.other_slots() & !own & !self.slot(peer).map_or(0, mask);
+        let epoch = primary.epoch;
+        let others = self.other_slots() & !self.slot(peer).map_or(0, mask);
+        let mut maps = Vec::new();
         for slot in slots_of(others) {
-            let runs: Vec<BlockRange> = self.meta.bitmaps.of(slot).runs(u64::MAX).collect();
-            for part in runs.chunks(RUNS_PER_MESSAGE) {
-                let blocks = part.to_vec();
-                self.send(
-                    cx,
-                    peer,
-                    Message::DirtyMap {
-                        epoch,
-                        slot,
-                        blocks,
-                    },
-                );
+            let mut lacking = self.meta.bitmaps.of(slot).clone();
+            for write in primary.writes.values() {
+                if write.unacked & mask(slot) != 0 {
+                    lacking.set(write.blocks, |_| {});
+                }
             }
+            let runs: Vec<BlockRange> = lacking.runs(u64::MAX).collect();
+            maps.extend(
+                runs.chunks(RUNS_PER_MESSAGE)
+                    .map(|part| (slot, part.to_vec())),
+            );
+        }
+        for (slot, blocks) in maps {
+            let map = Message::DirtyMap {
+                epoch,
+                slot,
+                blocks,
+            };
+            self.send(cx, peer, map);
         }
     }
 

@@ -27,7 +27,9 @@ impl Tail {
 
     /// Every write at or below `complete` is everywhere.
     pub(crate) fn complete(&mut self, complete: Seq) {
-        self.writes = self.writes.split_off(&complete.next());
+        // A peer may say anything.
+        let first_open = Seq(complete.0.saturating_add(1));
+        self.writes = self.writes.split_off(&first_open);
     }
 
     pub(crate) fn blocks(&self) -> impl Iterator<Item = BlockRange> + '_ {

@@ -1,9 +1,6 @@
 //! The daemon as the API sees it: in no cluster, or running as a member of one.
 
-use std::{
-    path::Path,
-    sync::{Arc, PoisonError, RwLock},
-};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use relevo_types::cluster::Command;
 use tokio::{runtime::Handle, sync::watch};
@@ -44,10 +41,10 @@ enum Phase {
 
 impl App {
     /// A daemon in no cluster.
-    pub(crate) fn new(options: DaemonOptions, state_dir: &Path, runtime: Handle) -> Self {
+    pub(crate) fn new(options: DaemonOptions, places: Places, runtime: Handle) -> Self {
         Self {
             events: Arc::new(Events::default()),
-            places: Places::new(state_dir),
+            places,
             options,
             started_unix_ms: unix_ms(),
             runtime,
@@ -58,8 +55,8 @@ impl App {
     }
 
     /// Goes on as the member that this machine was before, if it was one.
-    pub(crate) async fn resume(&self) -> anyhow::Result<()> {
-        match self.places.load()? {
+    pub(crate) async fn resume(&self, member: Option<MemberFiles>) -> anyhow::Result<()> {
+        match member {
             None => {
                 self.events.add(
                     EventLevel::Info,

@@ -4,18 +4,23 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use relevo_control::lock::StateDir;
+use relevo_types::cluster::NodeKind;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     DaemonOptions,
     api::{EventKind, EventLevel, SOCKET_NAME, router::router},
     app::App,
+    membership_files::{MemberFiles, Places},
     state_dir::{listen, private_dir},
 };
 
 /// Threads for everything that is not the data path and not membership. What blocks runs
 /// elsewhere, so two are enough, and each costs memory.
 const RUNTIME_THREADS: usize = 2;
+
+/// A witness only votes.
+const RUNTIME_THREADS_WITNESS: usize = 1;
 
 /// Threads for calls that block (devices, mounts): they are rare, and each costs memory.
 const BLOCKING_THREADS: usize = 8;
@@ -45,15 +50,22 @@ pub fn run(options: &DaemonOptions) -> anyhow::Result<()> {
     })?;
     let state_dir = StateDir::lock(&options.state_dir)?;
     let options = &with_absolute_paths(options)?;
+    let path = state_dir.path().canonicalize()?;
+    let places = Places::new(&path);
+    let member = places.load()?;
+    let threads = match &member {
+        Some(files) if files.node.spec.kind == NodeKind::Witness => RUNTIME_THREADS_WITNESS,
+        Some(_) | None => RUNTIME_THREADS,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(RUNTIME_THREADS)
+        .worker_threads(threads)
         .max_blocking_threads(BLOCKING_THREADS)
         .thread_keep_alive(BLOCKING_KEPT)
         .thread_name("relevo-rt")
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let result = runtime.block_on(serve(options, &state_dir));
+    let result = runtime.block_on(serve(options, places, member));
     runtime.shutdown_timeout(LAST_ANSWERS);
     result
 }
@@ -71,17 +83,17 @@ fn with_absolute_paths(options: &DaemonOptions) -> anyhow::Result<DaemonOptions>
     })
 }
 
-async fn serve(options: &DaemonOptions, state_dir: &StateDir) -> anyhow::Result<()> {
+async fn serve(
+    options: &DaemonOptions,
+    places: Places,
+    member: Option<MemberFiles>,
+) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    let path = state_dir.path().canonicalize()?;
-    let app = Arc::new(App::new(
-        options.clone(),
-        &path,
-        tokio::runtime::Handle::current(),
-    ));
-    app.resume().await?;
-    let socket = path.join(SOCKET_NAME);
+    let socket = places.state_dir().join(SOCKET_NAME);
+    let runtime = tokio::runtime::Handle::current();
+    let app = Arc::new(App::new(options.clone(), places, runtime));
+    app.resume(member).await?;
     let listener = listen(&socket)
         .with_context(|| format!("can't listen on the socket {}", socket.display()))?;
     listener.set_nonblocking(true)?;

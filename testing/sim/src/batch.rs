@@ -11,6 +11,7 @@ use std::{
 };
 
 use crate::{
+    check::HEALS,
     cluster::{Cluster, Summary},
     coverage::Marks,
     scenario::Scenario,
@@ -26,6 +27,8 @@ pub struct Failure {
     pub arguments: String,
     /// When it broke, in virtual time, and which promise how.
     pub what: String,
+    /// It was a promise about data, not about healing in time.
+    pub is_safety: bool,
     /// The last lines of the story.
     pub story: String,
 }
@@ -62,22 +65,28 @@ pub struct Totals {
 pub fn run(scenario: Scenario, trace: &Trace) -> Result<Summary, Failure> {
     let seed = scenario.seed;
     let arguments = scenario.arguments();
-    let failure = |what: String| Failure {
+    let failure = |what: String, is_safety: bool| Failure {
         seed,
+        is_safety,
         arguments: arguments.clone(),
         what,
         story: trace.last_lines(),
     };
     let attempt = AssertUnwindSafe(|| {
-        let mut cluster = Cluster::new(scenario, trace.clone()).map_err(|v| v.to_string())?;
-        let verdict = cluster.run();
-        verdict.map_err(|violation| format!("at {:?}: {violation}", cluster.now()))?;
-        Ok(cluster.summary())
+        let mut cluster =
+            Cluster::new(scenario, trace.clone()).map_err(|v| (v.to_string(), false))?;
+        match cluster.run() {
+            Ok(()) => Ok(cluster.summary()),
+            Err(violation) => {
+                let what = format!("at {:?}: {violation}", cluster.now());
+                Err((what, violation.rule != HEALS))
+            }
+        }
     });
     match catch_unwind(attempt) {
         Ok(Ok(summary)) => Ok(summary),
-        Ok(Err(what)) => Err(failure(what)),
-        Err(panic) => Err(failure(format!("panic: {}", panic_words(&*panic)))),
+        Ok(Err((what, is_safety))) => Err(failure(what, is_safety)),
+        Err(panic) => Err(failure(format!("panic: {}", panic_words(&*panic)), false)),
     }
 }
 

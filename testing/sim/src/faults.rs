@@ -61,3 +61,20 @@ impl Fault {
         Self::Quiet,
     ];
 }
+
+impl std::str::FromStr for Fault {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let name = |fault: &Self| format!("{fault:?}");
+        Self::ALL
+            .iter()
+            .chain([&Self::MoveService])
+            .find(|fault| name(fault) == text)
+            .copied()
+            .ok_or_else(|| {
+                let names: Vec<String> = Self::ALL.iter().map(name).collect();
+                format!("`{text}` is none of {}", names.join(", "))
+            })
+    }
+}

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use sim::{
     batch, enumerate,
+    faults::Fault,
     scenario::{CrashPoint, Planted, Scenario},
     trace::Trace,
 };
@@ -33,6 +34,9 @@ struct Arguments {
     /// Layer 2: with the real node managers.
     #[arg(long)]
     managed: bool,
+    /// Inject only faults of this kind; may be given several times.
+    #[arg(long)]
+    only: Vec<Fault>,
     /// Crash a node before one of its disk effects: NODE:EFFECT:power or NODE:EFFECT:process.
     #[arg(long, requires = "seed")]
     crash: Option<CrashPoint>,
@@ -68,7 +72,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn one(seed: u64, arguments: &Arguments) -> ExitCode {
+/// What the arguments make of a seed.
+fn scenario_of(seed: u64, arguments: &Arguments) -> Scenario {
     let mut scenario = match (arguments.short, arguments.managed) {
         (true, _) => Scenario::short(seed),
         (false, true) => Scenario::managed(seed),
@@ -76,6 +81,14 @@ fn one(seed: u64, arguments: &Arguments) -> ExitCode {
     };
     scenario.crash_point = arguments.crash;
     scenario.planted = arguments.planted;
+    if !arguments.only.is_empty() {
+        scenario.faults = arguments.only.iter().map(|fault| (*fault, 1)).collect();
+    }
+    scenario
+}
+
+fn one(seed: u64, arguments: &Arguments) -> ExitCode {
+    let scenario = scenario_of(seed, arguments);
     println!("{scenario:?}");
     let trace = if arguments.trace {
         Trace::printing()
@@ -99,13 +112,8 @@ fn one(seed: u64, arguments: &Arguments) -> ExitCode {
 
 fn many(arguments: &Arguments, threads: usize) -> ExitCode {
     let range = arguments.from..arguments.from + arguments.seeds;
-    let totals = batch::run_many_until(range, threads, arguments.failures, |seed| Scenario {
-        planted: arguments.planted,
-        ..if arguments.managed {
-            Scenario::managed(seed)
-        } else {
-            Scenario::of_seed(seed)
-        }
+    let totals = batch::run_many_until(range, threads, arguments.failures, |seed| {
+        scenario_of(seed, arguments)
     });
     if arguments.coverage {
         print!("{}", totals.marks.table());

@@ -71,11 +71,16 @@ impl Elector {
     pub(super) async fn run(self: Arc<Self>) {
         loop {
             let patience = self.patience();
-            while self.silence() < patience || !self.may_stand() {
-                sleep(self.timing.heartbeat / 4).await;
+            loop {
                 if self.leads() {
                     self.heard_leader();
                 }
+                let left = patience.saturating_sub(self.silence());
+                if left.is_zero() && self.may_stand() {
+                    break;
+                }
+                // Asleep while a leader is heard: an idle node costs next to nothing.
+                sleep(left.max(self.timing.heartbeat / 4)).await;
             }
             if self.has_majority().await
                 && let Err(error) = self.raft.trigger().elect().await

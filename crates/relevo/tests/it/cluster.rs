@@ -144,6 +144,31 @@ fn a_restarted_cluster_goes_on() {
     });
 }
 
+/// The disk is gone when the daemon comes back, sooner than anybody missed it.
+#[test]
+fn a_lost_disk_moves_the_service() {
+    let site = Site::new();
+    let [mut alfa, beta, _wit] = site.cluster();
+    create_volume_and_service(&alfa);
+    alfa.kill();
+    for file in std::fs::read_dir(alfa.state_dir().join("pool")).unwrap() {
+        std::fs::remove_file(file.unwrap().path()).unwrap();
+    }
+    alfa.start();
+    eventually(Duration::from_secs(10), "beta has the service", || {
+        runs_on(&beta, "beta")
+    });
+    let replica = alfa.find("volumes", "mail")["replicas"][0].clone();
+    assert_eq!(replica["disk"], "Failed");
+    assert!(
+        replica["remark"]
+            .as_str()
+            .unwrap()
+            .contains("does not exist"),
+        "{replica}"
+    );
+}
+
 #[test]
 fn events_tell_the_story() {
     let site = Site::new();

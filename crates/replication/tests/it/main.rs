@@ -1,5 +1,8 @@
 //! Engines against each other: an instant network, disks in memory, the real control state.
 
+mod disk;
+mod knowledge;
+mod nonsense;
 mod scenarios;
 mod storm;
 mod world;

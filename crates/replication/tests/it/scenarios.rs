@@ -3,11 +3,11 @@
 use relevo_replication::{AppRequest, DiskState, Input, PeerState, ReplyError, VolumeEvent};
 use relevo_types::{ByteRange, Epoch, cluster::VolumeChange};
 
-use relevo_wire::Message;
+use relevo_wire::{Body, Message};
 
-use crate::world::{A, B, C, D, World};
+use crate::world::{A, B, C, World};
 
-fn block(world: &World, node: relevo_types::NodeId, number: usize) -> u8 {
+pub(crate) fn block(world: &World, node: relevo_types::NodeId, number: usize) -> u8 {
     let block = world.block(node, number as u64);
     assert!(block.iter().all(|byte| *byte == block[0]), "a torn block");
     block[0]
@@ -280,6 +280,30 @@ fn a_replaced_primary_gets_nothing_acknowledged() {
 }
 
 #[test]
+fn an_old_configuration_does_not_make_a_primary_again() {
+    let mut world = World::opened(2, 1024, A);
+    // A is slow to hear what the control log says, but hears the new primary.
+    world.node(A).control = false;
+    world.crash(A, false);
+    world.run();
+    world.start(A);
+    world.evict(A);
+    world.promote(B);
+    while world.nodes[&A].events.is_empty() {
+        world.finish_op(A, 0);
+    }
+    world.node(A).disk.stalled = true;
+    world.connect(A, B);
+    world.run();
+    world.node(A).control = true;
+    world.run();
+    world.node(A).disk.stalled = false;
+    world.pass_ms(1000);
+    assert!(world.status(B).open, "{:?}", world.status(B));
+    assert_eq!(world.volume().in_sync.len(), 2);
+}
+
+#[test]
 fn a_failed_flush_is_a_failed_disk() {
     let mut world = World::opened(2, 1024, A);
     world.write(A, 0, 1, 6);
@@ -309,6 +333,24 @@ fn a_secondary_with_a_failed_disk_leaves() {
         world.volume().in_sync.iter().copied().collect::<Vec<_>>(),
         [A]
     );
+}
+
+#[test]
+fn a_replica_whose_disk_hangs_is_given_up_and_comes_back() {
+    let mut world = World::opened(2, 1024, A);
+    world.node(B).disk.stalled = true;
+    let write = world.write(A, 0, 1, 6);
+    let flush = world.request(A, AppRequest::Flush);
+    world.pass_ms(9_000);
+    assert!(!world.is_acked(write));
+    assert!(world.status(A).waiting.unwrap().contains("n2"));
+    world.pass_ms(1_500);
+    assert!(world.is_acked(write) && world.is_acked(flush));
+    world.node(B).disk.stalled = false;
+    world.connect(A, B);
+    world.pass_ms(200);
+    assert_eq!(world.volume().in_sync.len(), 2);
+    assert_eq!(block(&world, B, 0), 6);
 }
 
 #[test]
@@ -383,7 +425,6 @@ fn a_join_that_may_be_committed_keeps_the_peer_required() {
 
 #[test]
 fn nonsense_ends_the_link_and_nothing_else() {
-    use relevo_wire::Body;
     let mut world = World::opened(2, 1024, A);
     let nonsense = Message::Write {
         epoch: Epoch(2),
@@ -408,159 +449,46 @@ fn nonsense_ends_the_link_and_nothing_else() {
     assert_eq!(world.volume().in_sync.len(), 2);
 }
 
-/// C is being resynced by A and hears nothing any more; then a write to block 5 is acknowledged
-/// by A and B.
-fn with_a_write_that_a_sync_target_lacks() -> World {
-    let mut world = World::opened(3, 1024, A);
-    world.cut(A, C);
-    world.cut(B, C);
-    world.pass_ms(10);
-    world.write(A, 900, 1, 1);
-    world.pass_ms(10);
-    world.connect(A, C);
-    while !matches!(world.status(A).peers[&C], PeerState::SyncSource { .. }) {
-        let (from, to) = world.busy_wires()[0];
-        world.deliver(from, to);
+#[test]
+fn long_requests_go_in_pieces() {
+    let mut world = World::opened(2, 40_000, A);
+    let fill = world.write(A, 10, 700, 9);
+    world.run();
+    assert!(world.is_acked(fill));
+    assert_eq!((block(&world, B, 10), block(&world, B, 709)), (9, 9));
+    let range = ByteRange::new(0, 40_000 * 4096);
+    let body = Body::Zeroes;
+    let fua = true;
+    let zero = world.request(A, AppRequest::Write { range, body, fua });
+    let read = world.read(A, ByteRange::new(700 * 4096, 4096));
+    world.run();
+    assert!(world.is_acked(zero));
+    assert!(world.replies[&read].is_ok());
+    assert_eq!((block(&world, A, 709), block(&world, B, 709)), (0, 0));
+}
+
+#[test]
+fn bad_requests_are_the_callers_mistake() {
+    let mut world = World::opened(2, 1024, A);
+    let end = 1024 * 4096;
+    for range in [
+        ByteRange::new(end, 1),
+        ByteRange::new(u64::MAX, 2),
+        ByteRange::new(0, end + 1),
+    ] {
+        let read = world.read(A, range);
+        assert_eq!(world.replies[&read], Err(ReplyError::Invalid), "{range:?}");
     }
-    world.silence(A, C);
-    let write = world.write(A, 5, 1, 8);
-    world.run();
-    assert!(world.is_acked(write));
-    // B is told that it is complete.
-    world.pass_ms(100);
-    world
-}
-
-#[test]
-fn a_member_knows_what_a_sync_target_may_lack() {
-    let mut world = with_a_write_that_a_sync_target_lacks();
-    world.crash(A, false);
-    world.evict(A);
-    world.promote(B);
-    world.pass_ms(3000);
-    world.end_silence();
-    world.run();
-    world.connect(B, C);
-    world.pass_ms(300);
-    assert!(world.volume().in_sync.contains(&C));
-    assert_eq!((block(&world, B, 5), block(&world, C, 5)), (8, 8));
-}
-
-#[test]
-fn a_primary_that_steps_down_and_up_knows_what_a_sync_target_may_lack() {
-    let mut world = with_a_write_that_a_sync_target_lacks();
-    world.input(A, Input::Demote);
-    world.pass_ms(50);
-    assert_eq!(world.volume().primary, None);
-    world.promote(A);
-    world.pass_ms(2000);
-    assert!(world.status(A).open);
-    world.end_silence();
-    world.run();
-    world.connect(A, C);
-    world.pass_ms(300);
-    assert!(world.volume().in_sync.contains(&C));
-    assert_eq!(block(&world, C, 5), 8);
-}
-
-#[test]
-fn a_member_that_joined_while_another_was_absent_can_resync_that_one() {
-    let mut world = World::opened(3, 1024, A);
-    for (a, b) in [(A, B), (A, C), (B, C)] {
-        world.cut(a, b);
+    for range in [
+        ByteRange::new(512, 4096),
+        ByteRange::new(0, 512),
+        ByteRange::new(end, 4096),
+    ] {
+        let body = Body::Zeroes;
+        let fua = false;
+        let write = world.request(A, AppRequest::Write { range, body, fua });
+        assert_eq!(world.replies[&write], Err(ReplyError::Invalid), "{range:?}");
     }
-    world.pass_ms(10);
-    world.write(A, 5, 1, 8);
-    world.pass_ms(10);
-    world.connect(A, B);
-    world.pass_ms(100);
-    assert_eq!(world.volume().in_sync.len(), 2);
-    world.crash(A, false);
-    world.evict(A);
-    world.promote(B);
-    world.pass_ms(2000);
-    world.connect(B, C);
-    world.pass_ms(300);
-    assert!(world.volume().in_sync.contains(&C));
-    assert_eq!(block(&world, C, 5), 8);
-}
-
-#[test]
-fn what_a_reconciliation_wrote_is_reconciled_when_it_was_cut_short() {
-    let mut world = World::opened(4, 1024, A);
-    // A write reaches B alone.
-    world.silent.extend([(A, C), (A, D)]);
-    world.node(A).control = false;
-    world.write(A, 10, 1, 4);
-    world.run();
-    world.crash(A, false);
-    world.end_silence();
-    world.evict(A);
-    let epoch = world.volume().epoch;
-    world.change(epoch, VolumeChange::Leave { nodes: vec![A] });
-    world.promote(B);
-    // B's reconciliation reaches C, not D.
-    while block(&world, C, 10) != 4 {
-        let is_push = |world: &World| matches!(world.head(B, D), Some(Message::SyncWrite { .. }));
-        let wires = world.busy_wires();
-        let wire = wires
-            .iter()
-            .find(|wire| **wire != (B, D) || !is_push(&world));
-        let ids = world.ids();
-        let busy = ids.iter().find(|id| !world.nodes[id].ops.is_empty());
-        let told = ids.iter().find(|id| world.has_config(**id));
-        match (wire, busy, told) {
-            (Some((from, to)), ..) => world.deliver(*from, *to),
-            (None, Some(id), _) => world.finish_op(*id, 0),
-            (None, None, Some(id)) => world.deliver_config(*id),
-            (None, None, None) => panic!("nothing happens: {:?}", world.status(B)),
-        }
-    }
-    world.silence(B, D);
-    world.crash(B, false);
-    world.end_silence();
-    world.run();
-    assert_eq!((block(&world, C, 10), block(&world, D, 10)), (4, 0));
-    world.evict(B);
-    world.promote(C);
-    world.pass_ms(3000);
-    assert!(world.status(C).open);
-    assert_eq!(block(&world, C, 10), block(&world, D, 10));
-}
-
-#[test]
-fn a_member_learns_from_its_own_tail_what_those_who_left_may_lack() {
-    let mut world = World::opened(4, 1024, A);
-    // A write does not reach D, which is given up; B hears of that, C does not.
-    world.silence(A, D);
-    let write = world.write(A, 10, 1, 4);
-    world.run();
-    assert!(!world.is_acked(write));
-    world.silent.insert((A, C));
-    world.pass_ms(1100);
-    assert!(world.is_acked(write));
-    for node in [B, C] {
-        world.cut(node, D);
-    }
-    world.crash(A, false);
-    world.end_silence();
-    world.run();
-    world.evict(A);
-    world.promote(B);
-    world.connect(B, C);
-    world.pass_ms(2500);
-    assert!(world.status(B).open, "{:?}", world.status(B));
-    assert_eq!(
-        world.volume().in_sync.iter().copied().collect::<Vec<_>>(),
-        [B, C]
-    );
-    world.crash(B, false);
-    world.evict(B);
-    world.promote(C);
-    world.pass_ms(2500);
-    assert!(world.status(C).open);
-    world.connect(C, D);
-    world.pass_ms(300);
-    assert!(world.volume().in_sync.contains(&D));
-    assert_eq!((block(&world, C, 10), block(&world, D, 10)), (4, 4));
+    let write = world.write(B, 0, 1, 1);
+    assert_eq!(world.replies[&write], Err(ReplyError::NotPrimary));
 }

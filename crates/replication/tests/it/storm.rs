@@ -386,7 +386,11 @@ impl Storm {
         let ids = self.world.ids();
         for id in &ids {
             if !self.world.same(*id, ids[0]) {
-                self.fail(&format!("{id} and {} differ", ids[0]));
+                self.fail(&format!(
+                    "{id} and {} differ in {:?}",
+                    ids[0],
+                    self.world.differing(*id, ids[0])
+                ));
             }
             for number in self.world.written(*id) {
                 self.check(number, &self.world.block(*id, number), &id.to_string());
@@ -412,13 +416,21 @@ fn run(seed: u64) -> (usize, usize) {
     (storm.answered, usize::try_from(epoch).unwrap())
 }
 
+/// Seeds that once failed, with what they found (each has a story in `scenarios` or `knowledge`).
+const ONCE_FAILED: [u64; 4] = [
+    4,       // closing let waiting writes pass the gate
+    718,     // a deadline in the past
+    35_738,  // a new member did not know what was on its way to another one
+    114_392, // an old configuration swallowed a reconciliation
+];
+
 #[test]
 fn nothing_acknowledged_is_lost_and_everything_heals() {
     let from_env = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let first: u64 = from_env("RELEVO_STORM_SEED").unwrap_or(1);
     let count: u64 = from_env("RELEVO_STORM_COUNT").unwrap_or(60);
     let (mut answered, mut epochs) = (0, 0);
-    for seed in first..first + count {
+    for seed in ONCE_FAILED.into_iter().chain(first..first + count) {
         let result = std::panic::catch_unwind(|| run(seed));
         match result {
             Ok((a, e)) => {

@@ -10,8 +10,8 @@ use std::{
 use bytes::Bytes;
 use relevo_format::{Identity, Layout, Replica, create};
 use relevo_replication::{
-    AppRequest, DiskError, DiskOp, DiskOpKind, DiskReply, Effect, Engine, EngineConfig,
-    EngineStatus, Input, ReplyError, RequestId, VolumeEvent, lab::Lab,
+    AppRequest, DiskError, DiskOp, Effect, Engine, EngineConfig, EngineStatus, Input, ReplyError,
+    RequestId, VolumeEvent, lab::Lab,
 };
 use relevo_types::{
     BlockRange, ByteRange, ClusterId, Epoch, Instance, LineageId, NodeId, Sensitivity, Time,
@@ -22,6 +22,8 @@ use relevo_types::{
     },
 };
 use relevo_wire::{Body, Message};
+
+use crate::disk::{Disk, apply, op_name};
 
 pub(crate) const A: NodeId = NodeId(1);
 pub(crate) const B: NodeId = NodeId(2);
@@ -53,56 +55,6 @@ impl Random {
 
     pub(crate) fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
-    }
-}
-
-type Blocks = BTreeMap<u64, Arc<[u8]>>;
-
-/// A disk that may lose what was not flushed. Blocks that were never written are zero.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Disk {
-    /// What reads see.
-    blocks: Blocks,
-    /// What is on stable storage of the blocks that differ.
-    unflushed: BTreeMap<u64, Option<Arc<[u8]>>>,
-    /// Fails operations of this kind.
-    pub(crate) broken: Option<&'static str>,
-}
-
-impl Disk {
-    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
-        assert!(offset.is_multiple_of(BLOCK as u64) && data.len().is_multiple_of(BLOCK));
-        for (number, block) in (offset / BLOCK as u64..).zip(data.chunks(BLOCK)) {
-            let old = self.blocks.insert(number, block.into());
-            self.unflushed.entry(number).or_insert(old);
-        }
-    }
-
-    pub(crate) fn read(&self, range: ByteRange) -> Vec<u8> {
-        let mut data = Vec::new();
-        for number in range.blocks_covered().iter() {
-            match self.blocks.get(&number) {
-                Some(block) => data.extend_from_slice(block),
-                None => data.extend_from_slice(&[0; BLOCK]),
-            }
-        }
-        data
-    }
-
-    fn flush(&mut self) {
-        self.unflushed.clear();
-    }
-
-    /// Loses power: of what was not flushed each block may or may not be there.
-    fn lose_power(&mut self, random: &mut Random) {
-        for (number, old) in std::mem::take(&mut self.unflushed) {
-            if random.one_in(2) {
-                match old {
-                    Some(block) => self.blocks.insert(number, block),
-                    None => self.blocks.remove(&number),
-                };
-            }
-        }
     }
 }
 
@@ -311,12 +263,15 @@ impl World {
             .read(BlockRange::new(number, 1).bytes())
     }
 
-    /// Whether two replicas hold the same.
-    pub(crate) fn same(&self, a: NodeId, b: NodeId) -> bool {
+    /// Blocks in which two replicas differ.
+    pub(crate) fn differing(&self, a: NodeId, b: NodeId) -> Vec<u64> {
         let written: BTreeSet<u64> = self.written(a).union(&self.written(b)).copied().collect();
-        written
-            .iter()
-            .all(|number| self.block(a, *number) == self.block(b, *number))
+        let differ = |number: &u64| self.block(a, *number) != self.block(b, *number);
+        written.into_iter().filter(differ).collect()
+    }
+
+    pub(crate) fn same(&self, a: NodeId, b: NodeId) -> bool {
+        self.differing(a, b).is_empty()
     }
 
     pub(crate) fn start(&mut self, id: NodeId) {
@@ -642,7 +597,7 @@ impl World {
             } else if let Some(id) = self
                 .ids()
                 .into_iter()
-                .find(|id| !self.nodes[id].ops.is_empty())
+                .find(|id| !self.nodes[id].ops.is_empty() && !self.nodes[id].disk.stalled)
             {
                 if self.is_up(id) {
                     self.finish_op(id, 0);
@@ -710,29 +665,6 @@ impl World {
         assert!(world.status(primary).open, "{:?}", world.status(primary));
         world
     }
-}
-
-fn op_name(kind: &DiskOpKind) -> &'static str {
-    match kind {
-        DiskOpKind::Read(_) => "read",
-        DiskOpKind::Write { .. } => "write",
-        DiskOpKind::Zero(_) => "zero",
-        DiskOpKind::Flush => "flush",
-    }
-}
-
-fn apply(disk: &mut Disk, kind: &DiskOpKind) -> DiskReply {
-    match kind {
-        DiskOpKind::Read(range) => {
-            return DiskReply::Data(disk.read(*range).into());
-        }
-        DiskOpKind::Write { offset, data } => disk.write(*offset, data),
-        DiskOpKind::Zero(range) => {
-            disk.write(range.offset, &vec![0; usize::try_from(range.len).unwrap()]);
-        }
-        DiskOpKind::Flush => disk.flush(),
-    }
-    DiskReply::Done
 }
 
 fn brief(text: &str) -> String {

@@ -187,8 +187,14 @@ async fn to_the_end<T: Send + 'static>(
 
 #[derive(Deserialize)]
 struct EventsQuery {
-    #[serde(default)]
-    follow: bool,
+    /// `?follow` alone is a yes too.
+    follow: Option<String>,
+}
+
+impl EventsQuery {
+    fn follows(&self) -> bool {
+        self.follow.as_deref().is_some_and(|word| word != "false")
+    }
 }
 
 /// JSON lines: the remembered events, and with `follow` those that come.
@@ -198,7 +204,7 @@ async fn events(State(app): State<Arc<App>>, Query(query): Query<EventsQuery>) -
     for event in &past {
         push_line(&mut text, event);
     }
-    let body = if query.follow {
+    let body = if query.follows() {
         let first = (Some(Bytes::from(text)), live);
         Body::from_stream(stream::unfold(first, |(past, mut live)| async move {
             let chunk = match past {

@@ -4,17 +4,14 @@
 //! What it does may wait for a disk, so every volume has its own. The others leave their wishes
 //! in a mailbox that holds the newest of each kind: it is bounded without ever being full.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, thread, time::Duration};
 
 use relevo_control::ControlLog as _;
-use relevo_datapath::{DatapathEvent, NbdAddress, VolumeHandle, VolumeThread, VolumeThreadConfig};
-use relevo_disk::{NewReplica, create_replica, remove_replica};
-use relevo_node::{Input, VolumeOrder};
+use relevo_datapath::{
+    DatapathEvent, NbdAddress, SpawnError, VolumeHandle, VolumeThread, VolumeThreadConfig,
+};
+use relevo_disk::{NewReplica, OpenError, create_replica, remove_replica};
+use relevo_node::Input;
 use relevo_replication::{DiskState, EngineStatus, VolumeEvent};
 use relevo_transport::EstablishedLink;
 use relevo_types::{
@@ -23,7 +20,10 @@ use relevo_types::{
 };
 use tokio::sync::Semaphore;
 
-use super::volumes::{Live, Shared};
+use super::{
+    mailbox::Mailbox,
+    volumes::{Live, Shared},
+};
 use crate::{
     api::{EventKind, EventLevel},
     local_store::LocalReplica,
@@ -39,10 +39,6 @@ const LOOK_SOON: Duration = Duration::from_millis(10);
 /// How many of these short looks follow an event.
 const SOON_LOOKS: u32 = 20;
 
-/// Events of the engine that may wait. They are changes of state, a few per failure; of more the
-/// oldest is dropped.
-const EVENTS_MAX: usize = 256;
-
 /// Proposals of one engine under way. It proposes again while it needs it, so more are dropped.
 const PROPOSALS_MAX: usize = 4;
 
@@ -52,126 +48,19 @@ const STATUS_WAIT: Duration = Duration::from_millis(200);
 /// How often it is looked at meanwhile.
 const STATUS_STEP: Duration = Duration::from_micros(100);
 
+/// How long a killed predecessor may hold the backing: until its disk answered what was under
+/// way.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(3);
+
+/// How often it is tried meanwhile.
+const PREDECESSOR_STEP: Duration = Duration::from_millis(10);
+
 /// How long a detach may take: the flush of a slow disk.
 const DETACH_WAIT: Duration = Duration::from_secs(10);
 
-/// How long closing may take, the end of the data thread included. What is not closed in order
-/// is uncertain at the next start, which costs a resync and no data.
-const CLOSE_WAIT: Duration = Duration::from_secs(27);
-
-/// What others want of a volume: the newest wish of each kind.
-#[derive(Default)]
-struct Wishes {
-    create: Option<(ReplicaSpec, Arc<Volume>)>,
-    config: Option<Arc<Volume>>,
-    lease: Option<Time>,
-    links: BTreeMap<NodeId, EstablishedLink>,
-    demote: bool,
-    remove: bool,
-    close: bool,
-    /// With the moment at which each was told.
-    events: VecDeque<(Time, VolumeEvent)>,
-    died: Option<String>,
-    closed: bool,
-}
-
-/// Where others leave what they want of a volume. Nothing here waits but [`Self::wait_closed`].
-pub(crate) struct Mailbox {
-    wishes: Mutex<Wishes>,
-    changed: Condvar,
-}
-
-impl Mailbox {
-    pub(crate) fn order(&self, order: VolumeOrder) {
-        let mut wishes = self.lock();
-        match order {
-            VolumeOrder::Config(volume) => wishes.config = Some(volume),
-            VolumeOrder::Demote => wishes.demote = true,
-            VolumeOrder::CreateReplica { spec, volume } => wishes.create = Some((spec, volume)),
-            VolumeOrder::RemoveReplica => wishes.remove = true,
-        }
-        self.changed.notify_all();
-    }
-
-    pub(crate) fn lease(&self, until: Time) {
-        self.lock().lease = Some(until);
-        self.changed.notify_all();
-    }
-
-    pub(crate) fn link(&self, link: EstablishedLink) {
-        self.lock().links.insert(link.peer, link);
-        self.changed.notify_all();
-    }
-
-    pub(crate) fn close(&self) {
-        self.lock().close = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits until the replica is closed and the worker ended; false when a disk that hangs does
-    /// not let it.
-    pub(crate) fn wait_closed(&self) -> bool {
-        let wishes = self.lock();
-        let (wishes, _) = self
-            .changed
-            .wait_timeout_while(wishes, CLOSE_WAIT, |wishes| !wishes.closed)
-            .unwrap_or_else(PoisonError::into_inner);
-        wishes.closed
-    }
-
-    fn event(&self, event: VolumeEvent) {
-        let mut wishes = self.lock();
-        if wishes.events.len() == EVENTS_MAX {
-            wishes.events.pop_front();
-        }
-        wishes.events.push_back((relevo_host::clock::now(), event));
-        self.changed.notify_all();
-    }
-
-    fn died(&self, reason: String) {
-        self.lock().died = Some(reason);
-        self.changed.notify_all();
-    }
-
-    /// Takes everything; waits for `patience` when there is nothing.
-    fn take(&self, patience: Duration) -> Wishes {
-        let wishes = self.lock();
-        let (mut wishes, _) = self
-            .changed
-            .wait_timeout_while(wishes, patience, |wishes| wishes.is_empty())
-            .unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut wishes)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Wishes> {
-        // Only whole values are put in and taken out.
-        self.wishes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Wishes {
-    fn is_empty(&self) -> bool {
-        self.lease.is_none()
-            && self.create.is_none()
-            && !self.remove
-            && !self.close
-            && self.died.is_none()
-            && !self.calls_for_attention()
-    }
-
-    /// Whether the engine's status is likely to change now. A lease comes many times a second and
-    /// changes nothing to look at.
-    fn calls_for_attention(&self) -> bool {
-        self.config.is_some() || !self.links.is_empty() || self.demote || !self.events.is_empty()
-    }
-}
-
 /// Starts the worker of a volume.
 pub(crate) fn start(volume: VolumeId, shared: Arc<Shared>) -> std::io::Result<Arc<Mailbox>> {
-    let mailbox = Arc::new(Mailbox {
-        wishes: Mutex::default(),
-        changed: Condvar::new(),
-    });
+    let mailbox = Arc::new(Mailbox::default());
     let worker = Worker {
         volume,
         shared,
@@ -252,8 +141,7 @@ impl Worker {
                 self.close();
             }
             if wishes.remove || wishes.close {
-                self.mailbox.lock().closed = true;
-                self.mailbox.changed.notify_all();
+                self.mailbox.set_closed();
                 return;
             }
         }
@@ -331,8 +219,10 @@ impl Worker {
                 }
                 Err(why) => {
                     let text = format!("its replica here can't be opened: {why}");
-                    self.event(EventLevel::Alarm, &volume.name, &text);
-                    self.shared.set_trouble(self.volume, &why);
+                    // Tried again with every configuration, told once.
+                    if self.shared.set_trouble(self.volume, &why) {
+                        self.event(EventLevel::Alarm, &volume.name, &text);
+                    }
                     self.disk_failed(why);
                 }
             }
@@ -359,8 +249,7 @@ impl Worker {
             mailbox: Arc::clone(&self.mailbox),
             proposals: Arc::clone(&self.proposals),
         };
-        let handle = VolumeThread::spawn(config, move |event| events.take(event))
-            .map_err(|e| e.to_string())?;
+        let handle = spawn_patiently(&config, &Arc::new(events))?;
         let nbd = self.shared.nbd_socket(&volume.name);
         if let Err(error) = handle.listen_nbd(NbdAddress::Unix(nbd.clone())) {
             let text = format!("NBD clients can't reach it at {}: {error}", nbd.display());
@@ -566,6 +455,28 @@ impl Worker {
 
     fn event(&self, level: EventLevel, name: &str, text: &str) {
         self.shared.events.add(level, EventKind::Volume, name, text);
+    }
+}
+
+/// Starts the data thread; waits for a predecessor to let go of the backing. This daemon has the
+/// state directory to itself, but after a kill the kernel ends the I/O of the process that was
+/// killed, and with it the lock, some milliseconds after the process itself.
+fn spawn_patiently(
+    config: &VolumeThreadConfig,
+    events: &Arc<DataEvents>,
+) -> Result<VolumeHandle, String> {
+    let deadline = relevo_host::clock::now() + PREDECESSOR_WAIT;
+    loop {
+        let events = Arc::clone(events);
+        match VolumeThread::spawn(config.clone(), move |event| events.take(event)) {
+            Ok(handle) => return Ok(handle),
+            Err(SpawnError::Backing(OpenError::InUse { .. }))
+                if relevo_host::clock::now() < deadline =>
+            {
+                thread::sleep(PREDECESSOR_STEP);
+            }
+            Err(error) => return Err(error.to_string()),
+        }
     }
 }
 

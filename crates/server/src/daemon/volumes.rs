@@ -19,10 +19,7 @@ use relevo_types::{ClusterId, Instance, NodeId, Time, Timing, VolumeId};
 use tokio::runtime::Handle;
 
 use super::{
-    exports::Exports,
-    links::Dialer,
-    node_loop::NodeInbox,
-    volume_worker::{self, Mailbox},
+    exports::Exports, links::Dialer, mailbox::Mailbox, node_loop::NodeInbox, volume_worker,
 };
 use crate::{
     events::{Events, unix_ms},
@@ -296,11 +293,15 @@ impl Shared {
         }
     }
 
-    pub(crate) fn set_trouble(&self, volume: VolumeId, why: &str) {
-        if let Some(known) = lock(&self.volumes).get_mut(&volume) {
-            known.live = None;
-            known.trouble = Some(why.to_owned());
-        }
+    /// Notes why a replica is not open; tells whether that is news.
+    pub(crate) fn set_trouble(&self, volume: VolumeId, why: &str) -> bool {
+        let mut volumes = lock(&self.volumes);
+        let Some(known) = volumes.get_mut(&volume) else {
+            return false;
+        };
+        known.live = None;
+        let before = known.trouble.replace(why.to_owned());
+        before.as_deref() != Some(why)
     }
 
     pub(crate) fn set_remark(&self, volume: VolumeId, remark: Option<String>) {
@@ -405,7 +406,7 @@ impl Shared {
     }
 
     /// What the engine of a volume is told. A link that owes an answer is given up after the dead
-    /// time; a member that is gone is let go after the same time.
+    /// time; a quiet one owes nothing but pings, and nobody waits for it.
     pub(crate) fn engine_config(&self, volume: VolumeId) -> EngineConfig {
         EngineConfig {
             cluster: self.cluster,
@@ -414,7 +415,7 @@ impl Shared {
             instance: self.instance,
             backing_size: 0,
             link_timeout: self.timing.dead,
-            ping_interval: self.timing.heartbeat,
+            ping_interval: self.timing.suspect,
             reconcile_grace: self.timing.suspect,
             resync_window: RESYNC_WINDOW,
         }

@@ -7,10 +7,14 @@ pub mod cold;
 pub mod commit_then_ack;
 pub mod equal;
 pub mod linear;
+pub mod lower_epoch;
 pub mod marked;
 pub mod one_writer;
 
 use std::fmt;
+
+/// The rule about liveness: broken when something takes too long, not when data is wrong.
+pub const HEALS: &str = "it heals when faults stop (rule 11)";
 
 /// A broken promise.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -34,6 +34,9 @@ impl Cluster {
             self.trace
                 .node(now, node, || format!("< {}", input_words(&input)));
         }
+        if let Input::Message { peer, message } = &input {
+            process.lower_epoch.arrives(*peer, message);
+        }
         if let Input::Message {
             message: Message::Tail {
                 blocks, certain, ..
@@ -129,10 +132,7 @@ impl Cluster {
         }
         match effect {
             Effect::Disk(op) => self.begin_disk(node, incarnation, op),
-            Effect::Send { peer, message } => {
-                self.send(node, peer, message);
-                Ok(())
-            }
+            Effect::Send { peer, message } => self.send(node, peer, message),
             Effect::CloseLink { peer, .. } => {
                 if self.machines[node]
                     .process
@@ -302,7 +302,13 @@ impl Cluster {
         if rng.chance(1.0) { delay * 10 } else { delay }
     }
 
-    fn send(&mut self, node: Index, peer: NodeId, message: Message) {
+    fn send(&mut self, node: Index, peer: NodeId, message: Message) -> Verdict {
+        if let Some(process) = &mut self.machines[node].process {
+            process
+                .lower_epoch
+                .sends(peer, &message)
+                .map_err(|v| Violation::new(v.rule, format!("n{}: {}", node + 1, v.what)))?;
+        }
         match &message {
             Message::BarrierAck { .. } => {
                 self.machines[node].barrier_passed = self.history.tick();
@@ -320,6 +326,7 @@ impl Cluster {
         if let Some((head, due)) = self.net.send(node, index_of(peer), message, due) {
             self.queue.at(due, Event::Arrive(head));
         }
+        Ok(())
     }
 
     fn volume_event(&mut self, node: Index, event: VolumeEvent) -> Verdict {
@@ -337,10 +344,12 @@ impl Cluster {
             VolumeEvent::Detached => self.detached(node),
             VolumeEvent::DiskFailed { .. } => {
                 process.disk_failed = true;
+                self.person_needed = true;
                 process.open = None;
             }
             VolumeEvent::Opened { epoch } => {
                 process.open = Some(epoch);
+                process.lower_epoch.opened(epoch);
                 self.opened(node, epoch)?;
             }
             VolumeEvent::Closed { .. } => process.open = None,

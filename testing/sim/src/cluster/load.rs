@@ -184,6 +184,11 @@ impl Cluster {
             && self.machines[node].acts()
             && !self.leases.holds(node, self.queue.now());
         self.feed(node, Input::Request { id, request })?;
+        if self.machines[node].process.is_none() {
+            // Nobody is there, or it crashed on this very request.
+            self.requests_lost(node);
+            return Ok(());
+        }
         if late && self.machines[node].open().is_some() && self.load.pending.contains_key(&id) {
             self.marks
                 .reached("a read was held while the lease was over");

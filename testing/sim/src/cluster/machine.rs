@@ -8,7 +8,7 @@ use relevo_types::{Epoch, NodeId, Time, cluster::ClusterState, cluster::Volume};
 
 use super::managed::{Kept, Manager};
 use crate::{
-    check::{cold::ColdRegions, linear::Tick},
+    check::{cold::ColdRegions, linear::Tick, lower_epoch::LowerEpoch},
     control::VOLUME,
     disk::Disk,
 };
@@ -86,6 +86,8 @@ pub(super) struct Process {
     pub(super) started: Time,
     /// A resync runs to or from it, as it says.
     pub(super) syncing: bool,
+    /// Watches which epochs it is under.
+    pub(super) lower_epoch: LowerEpoch,
 }
 
 impl Machine {

@@ -39,7 +39,7 @@ pub(super) struct Manager {
     node: Node,
     tick_at: Time,
     /// Inputs of a stopped process.
-    inbox: Vec<Box<Input>>,
+    inbox: Vec<Input>,
     /// What the manager was told of its engine last.
     told: Option<(bool, DiskState, Epoch, bool, bool)>,
     /// Orders of a service under way, in order.
@@ -158,7 +158,7 @@ impl Cluster {
             News::Input(input) if paused => {
                 let datagram = matches!(*input, Input::Heartbeat { .. });
                 if !datagram || manager.inbox.len() < SOCKET_KEEPS {
-                    manager.inbox.push(input);
+                    manager.inbox.push(*input);
                 }
                 return Ok(());
             }
@@ -207,7 +207,7 @@ impl Cluster {
         let inbox = std::mem::take(&mut manager.inbox);
         self.manager_news(node, incarnation, News::Tick)?;
         for input in inbox {
-            self.manager_news(node, incarnation, News::Input(input))?;
+            self.manager_news(node, incarnation, News::Input(Box::new(input)))?;
         }
         Ok(())
     }
@@ -347,9 +347,11 @@ impl Cluster {
                 && self.machines[by].incarnation() == incarnation
         });
         let result = if arrives {
-            self.check_eviction(command)?;
             match self.commit_now(by, command) {
-                Ok(outcome) => ProposalResult::Applied(outcome),
+                Ok(outcome) => {
+                    self.check_eviction(command)?;
+                    ProposalResult::Applied(outcome)
+                }
                 Err(rejection) => ProposalResult::Rejected(rejection),
             }
         } else {
@@ -395,6 +397,7 @@ impl Cluster {
     pub(super) fn elect(&mut self) {
         let again = self.chance.node.millis(20, 120);
         self.queue.after(again, Event::Elect);
+        self.repair();
         if self
             .leader
             .is_none_or(|leader| !self.reaches_majority(leader))
@@ -426,6 +429,34 @@ impl Cluster {
                 self.tell(node, Input::Leader(known));
             }
         }
+    }
+
+    /// The operator repaired what only a person can: says `service start`, by way of the leader.
+    pub(super) fn repair(&mut self) {
+        if !self.scenario.managed || !self.person_needed || self.phase != Phase::Healing {
+            return;
+        }
+        let failed = self.machines.iter().any(|machine| {
+            machine
+                .process
+                .as_ref()
+                .is_none_or(|process| process.disk_failed)
+        });
+        let Some(leader) = self.leader.filter(|leader| self.reaches_majority(*leader)) else {
+            return;
+        };
+        if failed {
+            return;
+        }
+        let services: Vec<ServiceId> = self.control.state().services.keys().copied().collect();
+        for service in services {
+            let command = Command::EnableService {
+                service,
+                enabled: true,
+            };
+            drop(self.commit_now(leader, &command));
+        }
+        self.person_needed = false;
     }
 
     /// Tells the manager of its engine, when there is something to tell.
@@ -535,6 +566,7 @@ impl Cluster {
                 Ok(())
             }
         };
+        self.person_needed |= result.is_err();
         if more {
             self.begin_part(node, service);
         }

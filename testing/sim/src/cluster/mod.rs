@@ -25,6 +25,7 @@ use crate::{
         Verdict, Violation,
         cold::ColdRegions,
         linear::{History, Tick},
+        lower_epoch::LowerEpoch,
         one_writer::OneWriter,
     },
     control::{CLUSTER, Control, VOLUME},
@@ -155,6 +156,8 @@ pub struct Cluster {
     compared: bool,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
+    /// A part or a disk failed: a person has to say `service start` after the repair. Layer 2.
+    person_needed: bool,
     /// Who leads the log. Layer 2.
     leader: Option<Index>,
     /// When the last leave was committed.
@@ -251,6 +254,7 @@ impl Cluster {
             quiet: false,
             compared: false,
             target: None,
+            person_needed: false,
             leader: None,
             last_leave: Tick(0),
             last_open: None,
@@ -520,6 +524,7 @@ impl Cluster {
             stepping_down: false,
             started: now,
             syncing: false,
+            lower_epoch: LowerEpoch::default(),
         });
         if has_replica {
             self.feed(node, Input::Attach)?;

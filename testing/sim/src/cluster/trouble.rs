@@ -173,6 +173,11 @@ impl Cluster {
         let Some(primary) = self.open_primary() else {
             return;
         };
+        let cut_already = (0..self.scenario.nodes())
+            .any(|other| !self.net.is_open(Plane::Control, primary, other));
+        if cut_already {
+            return;
+        }
         let mut cuts = Vec::new();
         for other in (0..self.scenario.nodes()).filter(|other| *other != primary) {
             cuts.push((Plane::Control, primary, other));

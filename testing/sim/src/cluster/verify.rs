@@ -8,11 +8,9 @@ use relevo_types::Time;
 
 use super::{Cluster, Event, Phase, index_of, node_id};
 use crate::{
-    check::{Verdict, Violation, equal, marked},
+    check::{HEALS, Verdict, Violation, equal, marked},
     net::{Index, Plane},
 };
-
-const HEALS: &str = "it heals when faults stop (rule 11)";
 
 /// From the end of all faults until everything serves and is in sync. Generous: some dead times for
 /// evictions and link time-outs one after the other, restarts, and a resync.

@@ -3,24 +3,48 @@
 use relevo_replication::lab::PlantedBug;
 use sim::{
     batch,
+    faults::Fault,
     scenario::{Planted, Scenario},
 };
 
 /// Seeds after which a planted bug counts as not caught.
-const SEEDS: u64 = 2_000;
+const SEEDS: u64 = 4_000;
+
+/// Runs are given up that only take too long to heal: what must be seen is wrong data, or a broken
+/// order.
+const SLOW_ONES_PASSED_OVER: usize = 200;
 
 fn caught(bug: PlantedBug) {
-    let totals = batch::run_many(0..SEEDS, batch::threads(), |seed| Scenario {
-        planted: Some(Planted(bug)),
-        ..Scenario::of_seed(seed)
-    });
-    match totals.failures.first() {
-        Some(failure) => println!(
-            "{bug:?} caught by seed {} after {} good ones: {}",
-            failure.seed, totals.runs, failure.what
-        ),
-        None => panic!("{bug:?} went through {} seeds", totals.runs),
+    let scenario = |seed| {
+        let mut scenario = Scenario {
+            planted: Some(Planted(bug)),
+            hang_one: false,
+            ..Scenario::of_seed(seed)
+        };
+        if bug == PlantedBug::IgnoreLowerEpoch {
+            // A replaced primary rarely gets a write through to anyone: it takes a network that
+            // loses its heartbeats alone, and not too much else at the same time.
+            scenario.faults = vec![(Fault::Zombie, 1)];
+        }
+        scenario
+    };
+    let mut from = 0;
+    for _ in 0..SLOW_ONES_PASSED_OVER {
+        let totals = batch::run_many(from..SEEDS, batch::threads(), scenario);
+        let Some(failure) = totals.failures.first() else {
+            break;
+        };
+        if failure.is_safety {
+            println!(
+                "{bug:?} caught after {} seeds: {}",
+                failure.seed + 1,
+                failure.what
+            );
+            return;
+        }
+        from = failure.seed + 1;
     }
+    panic!("{bug:?} went through {SEEDS} seeds");
 }
 
 #[test]

@@ -8,6 +8,16 @@ const SEEDS: u64 = 10_000;
 /// From so many seeds on, every mark must have been reached.
 const SEEDS_FOR_COVERAGE: u64 = 2_000;
 
+/// One run with the real managers for so many without.
+const MANAGED_SHARE: u64 = 10;
+
+fn seeds() -> u64 {
+    std::env::var("RELEVO_SIM_SEEDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(SEEDS)
+}
+
 #[test]
 fn seeds_that_ever_failed_pass() {
     for seed in batch::seeds_of(include_str!("../../seeds.txt")) {
@@ -19,10 +29,7 @@ fn seeds_that_ever_failed_pass() {
 
 #[test]
 fn ten_thousand_seeds_keep_every_promise() {
-    let seeds = std::env::var("RELEVO_SIM_SEEDS")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(SEEDS);
+    let seeds = seeds();
     let totals = batch::run_many(0..seeds, batch::threads(), Scenario::of_seed);
     if let Some(failure) = totals.failures.first() {
         panic!("{failure}");
@@ -42,6 +49,20 @@ fn ten_thousand_seeds_keep_every_promise() {
             "never reached in {seeds} seeds: {missing:?}"
         );
     }
+}
+
+#[test]
+fn real_managers_keep_every_promise() {
+    let seeds = seeds() / MANAGED_SHARE;
+    let totals = batch::run_many(0..seeds, batch::threads(), Scenario::managed);
+    if let Some(failure) = totals.failures.first() {
+        panic!("{failure}");
+    }
+    println!(
+        "{} seeds with real managers, {} events",
+        totals.runs, totals.events
+    );
+    assert_eq!(totals.runs, seeds);
 }
 
 #[test]

@@ -1,0 +1,83 @@
+//! A disk in memory that may lose what was not flushed.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use relevo_replication::{DiskOpKind, DiskReply};
+use relevo_types::ByteRange;
+
+use crate::world::{BLOCK, Random};
+
+type Blocks = BTreeMap<u64, Arc<[u8]>>;
+
+/// A disk that may lose what was not flushed. Blocks that were never written are zero.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Disk {
+    /// What reads see.
+    pub(crate) blocks: Blocks,
+    /// What is on stable storage of the blocks that differ.
+    unflushed: BTreeMap<u64, Option<Arc<[u8]>>>,
+    /// Fails operations of this kind.
+    pub(crate) broken: Option<&'static str>,
+    /// Nothing gets done.
+    pub(crate) stalled: bool,
+}
+
+impl Disk {
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
+        assert!(offset.is_multiple_of(BLOCK as u64) && data.len().is_multiple_of(BLOCK));
+        for (number, block) in (offset / BLOCK as u64..).zip(data.chunks(BLOCK)) {
+            let old = self.blocks.insert(number, block.into());
+            self.unflushed.entry(number).or_insert(old);
+        }
+    }
+
+    pub(crate) fn read(&self, range: ByteRange) -> Vec<u8> {
+        let mut data = Vec::new();
+        for number in range.blocks_covered().iter() {
+            match self.blocks.get(&number) {
+                Some(block) => data.extend_from_slice(block),
+                None => data.extend_from_slice(&[0; BLOCK]),
+            }
+        }
+        data
+    }
+
+    pub(crate) fn flush(&mut self) {
+        self.unflushed.clear();
+    }
+
+    /// Loses power: of what was not flushed each block may or may not be there.
+    pub(crate) fn lose_power(&mut self, random: &mut Random) {
+        for (number, old) in std::mem::take(&mut self.unflushed) {
+            if random.one_in(2) {
+                match old {
+                    Some(block) => self.blocks.insert(number, block),
+                    None => self.blocks.remove(&number),
+                };
+            }
+        }
+    }
+}
+
+pub(crate) fn op_name(kind: &DiskOpKind) -> &'static str {
+    match kind {
+        DiskOpKind::Read(_) => "read",
+        DiskOpKind::Write { .. } => "write",
+        DiskOpKind::Zero(_) => "zero",
+        DiskOpKind::Flush => "flush",
+    }
+}
+
+pub(crate) fn apply(disk: &mut Disk, kind: &DiskOpKind) -> DiskReply {
+    match kind {
+        DiskOpKind::Read(range) => {
+            return DiskReply::Data(disk.read(*range).into());
+        }
+        DiskOpKind::Write { offset, data } => disk.write(*offset, data),
+        DiskOpKind::Zero(range) => {
+            disk.write(range.offset, &vec![0; usize::try_from(range.len).unwrap()]);
+        }
+        DiskOpKind::Flush => disk.flush(),
+    }
+    DiskReply::Done
+}
