@@ -35,6 +35,9 @@ pub struct Node {
     pub(crate) reports: Reports,
     /// The lease is valid, as far as was told.
     pub(crate) lease_valid: bool,
+    /// Something of a service that was taken from this node is not stopped yet: no lease is asked
+    /// for until it is.
+    withholds_lease: bool,
     /// What the planner waits for; empty where it does not run.
     pub(crate) waits: Vec<Wait>,
     pub(crate) next_plan: Time,
@@ -64,6 +67,7 @@ impl Node {
             proposals: Proposals::default(),
             reports: Reports::default(),
             lease_valid: false,
+            withholds_lease: false,
             waits: Vec::new(),
             next_plan: Time::NEVER,
             planned_something: false,
@@ -146,20 +150,43 @@ impl Node {
         {
             return;
         }
-        let members = members_of(&state, self.config.me);
         let changed = self
             .state
             .as_ref()
             .is_none_or(|known| known.nodes != state.nodes);
         self.reports
             .retain_members(|node| state.nodes.contains_key(&node));
-        self.state = Some(state);
-        if changed {
-            self.member_input(now, membership::Input::Members(members), out);
+        self.state = Some(Arc::clone(&state));
+        if changed || self.has_leftovers(&state) {
+            self.tell_members(now, &state, out);
         }
         if first {
             self.clean_up_after_the_last_process(now, out);
         }
+    }
+
+    /// Tells membership who the members are. An eviction that was missed and a readmission may come in
+    /// one piece: as long as anything of a service is active that this node lost by it, a lease under
+    /// the new generation would put addresses back that another node has by now. So the node counts as
+    /// evicted until all that is stopped.
+    fn tell_members(&mut self, now: Time, state: &ClusterState, out: &mut Vec<Effect>) {
+        let mut members = members_of(state, self.config.me);
+        self.withholds_lease = self.has_leftovers(state);
+        if self.withholds_lease
+            && let Some(own) = members.get_mut(&self.config.me)
+        {
+            own.evicted = true;
+        }
+        self.member_input(now, membership::Input::Members(members), out);
+    }
+
+    /// Whether parts are active here of a service that this node does not hold any more.
+    fn has_leftovers(&self, state: &ClusterState) -> bool {
+        self.runners.iter().any(|(id, runner)| {
+            let holder = state.services.get(id).and_then(|service| service.holder);
+            // What an earlier process left is not renewed by this one.
+            holder != Some(self.config.me) && runner.phase != Phase::Cleaning && runner.is_active()
+        })
     }
 
     /// Whatever an earlier process of this node had active is stopped before anything starts.
@@ -382,6 +409,9 @@ impl Node {
                 .drive(now, me, &state, &mut self.proposals, out);
         }
         self.drive_runners(now, &state, out);
+        if self.withholds_lease && !self.has_leftovers(&state) {
+            self.tell_members(now, &state, out);
+        }
         self.plan(now, news, &state, out);
         self.drive_shutdown(now, &state, out);
         self.send_report(now, &state, out);

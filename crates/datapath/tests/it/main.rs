@@ -6,5 +6,4 @@
 )]
 
 mod cluster;
-mod measure;
 mod replication;

@@ -191,21 +191,18 @@ fn memory_of_an_idle_cluster() {
     let site = Site::new();
     let [alfa, _beta, wit] = site.cluster();
     create_volume_and_service(&alfa);
-    let resident = |daemon: &Daemon| -> u64 {
+    // Memory of its own: the pages of the program, many in a build for tests, are the file's.
+    let own_mib = |daemon: &Daemon| -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
         let line = status
             .lines()
-            .find(|line| line.starts_with("VmRSS:"))
+            .find(|line| line.starts_with("RssAnon:"))
             .unwrap();
-        line.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-            / 1024
+        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kib / 1024
     };
-    let (data, witness) = (resident(&alfa), resident(&wit));
-    // The promise is for a release build; a build for tests carries more.
-    assert!(data < 60, "data node: {data} MiB");
-    assert!(witness < 30, "witness: {witness} MiB");
+    let (data, witness) = (own_mib(&alfa), own_mib(&wit));
+    // The goals are 60 MB and 20 MB resident with the program's own 15 MB (docs/performance.md).
+    assert!(data < 40, "data node: {data} MiB");
+    assert!(witness < 10, "witness: {witness} MiB");
 }

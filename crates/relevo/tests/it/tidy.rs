@@ -193,8 +193,12 @@ fn nothing_is_left_undone() {
     ];
     for directory in ["crates", "testing"] {
         for (path, text) in sources(&root().join(directory)) {
-            for mark in marks {
-                assert!(!text.contains(mark), "{} contains {mark}", path.display());
+            // A test that another test runs in a process of its own is not left out.
+            let lines = text.lines().filter(|line| !line.contains("= \"run by "));
+            for line in lines {
+                for mark in marks {
+                    assert!(!line.contains(mark), "{} contains {mark}", path.display());
+                }
             }
         }
     }
