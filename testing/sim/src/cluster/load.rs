@@ -72,7 +72,10 @@ impl Cluster {
     pub(super) fn client(&mut self, client: usize) -> Verdict {
         let works = match self.phase {
             Phase::Trouble => !self.quiet,
-            Phase::Healing => !self.scenario.idle_heal || self.all_in_sync(),
+            Phase::Healing => {
+                let hangs = self.machines.iter().any(|machine| machine.hung);
+                !self.scenario.idle_heal || self.all_in_sync() || hangs
+            }
             Phase::Settling => false,
         };
         let node = if works { self.choose_node() } else { None };

@@ -448,15 +448,22 @@ impl Cluster {
         if failed {
             return;
         }
-        let services: Vec<ServiceId> = self.control.state().services.keys().copied().collect();
-        for service in services {
+        // A failure may be recorded late; the operator looks again.
+        let given_up: Vec<ServiceId> = self
+            .control
+            .state()
+            .services
+            .values()
+            .filter(|service| !service.failures.is_empty())
+            .map(|service| service.id)
+            .collect();
+        for service in given_up {
             let command = Command::EnableService {
                 service,
                 enabled: true,
             };
             drop(self.commit_now(leader, &command));
         }
-        self.person_needed = false;
     }
 
     /// Tells the manager of its engine, when there is something to tell.
