@@ -155,11 +155,18 @@ impl Ledger {
         &self.addresses
     }
 
-    /// Ends it: requests under way get half a second.
+    /// Ends it: requests under way get half a second. After that the storage is free again, if
+    /// its writer does not hang in the system.
     pub async fn stop(mut self) {
         self.end.send_replace(true);
         let all = async { while self.servers.join_next().await.is_some() {} };
         drop(tokio::time::timeout(FAREWELL, all).await);
+        self.servers.shutdown().await;
+        let mut writer = self.book.failure();
+        drop(self.book);
+        // The writer closes the storage before it drops its end of this channel.
+        let closed = async { while writer.changed().await.is_ok() {} };
+        drop(tokio::time::timeout(FAREWELL, closed).await);
     }
 }
 

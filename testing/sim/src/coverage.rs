@@ -31,6 +31,7 @@ pub const ALL: &[&str] = &[
     "reconciliation carried a tail",
     "reconciliation found a member that could not tell",
     "refused: a stale epoch",
+    "replicas were compared in the middle of trouble",
     "resync: started",
     "resync: ended with a join",
     "resync: link lost while it ran",

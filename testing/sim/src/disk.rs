@@ -282,10 +282,10 @@ impl Disk {
         self.durable.0.get(&block).map(|page| &**page)
     }
 
-    /// The durable content of a range, for checkers that read metadata.
+    /// What a read of a range gives now, for checkers that read metadata.
     #[must_use]
-    pub fn durable_bytes(&self, range: ByteRange) -> Vec<u8> {
-        self.durable.read(range)
+    pub fn view_bytes(&self, range: ByteRange) -> Vec<u8> {
+        self.view.read(range)
     }
 
     /// The blocks below `end` that were ever written.

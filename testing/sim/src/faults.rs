@@ -34,8 +34,6 @@ pub enum Fault {
     Switchover,
     /// A secondary's daemon is stopped in an orderly way and started again.
     Restart,
-    /// The workload stops for a moment.
-    Quiet,
     /// An operator asks for the service to be on another node. Layer 2 only.
     MoveService,
 }
@@ -58,7 +56,6 @@ impl Fault {
         Self::LogAway,
         Self::Switchover,
         Self::Restart,
-        Self::Quiet,
     ];
 }
 

@@ -55,6 +55,15 @@ impl Rng {
         Duration::from_micros(self.between(lo * 1000, hi * 1000))
     }
 
+    /// A time between two numbers of milliseconds, short ones as often as long ones are rare: each
+    /// order of magnitude is equally likely. Trouble that lasts a few milliseconds falls between two
+    /// steps of a protocol, trouble that lasts a second outlasts its time-outs; both are wanted.
+    pub fn spread_millis(&mut self, lo: u64, hi: u64) -> Duration {
+        let (lo, hi) = ((lo.max(1) * 1000) as f64, (hi.max(1) * 1000) as f64);
+        let share = self.0.random::<f64>();
+        Duration::from_secs_f64(lo * (hi / lo).powf(share) / 1e6)
+    }
+
     /// 64 random bits, not 0.
     pub fn id(&mut self) -> u64 {
         self.0.random::<u64>() | 1

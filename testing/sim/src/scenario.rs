@@ -130,8 +130,8 @@ pub struct Scenario {
     /// When all is whole, the disk of a secondary hangs while its daemon lives: writes must go on
     /// without it after a while.
     pub hang_one: bool,
-    /// A daemon whose disk failed is started again after so many milliseconds.
-    pub repair_after_ms: u64,
+    /// A failed disk is repaired only when everything else is well: the others must do without it.
+    pub repair_late: bool,
     /// How often something interesting is followed by a crash close by, in percent.
     pub ambush: f64,
     /// How long faults happen, each round.
@@ -159,7 +159,7 @@ impl Scenario {
     #[must_use]
     pub fn of_seed(seed: u64) -> Self {
         let mut rng = Rng::new(seed, 0);
-        let data_nodes = if rng.chance(50.0) { 2 } else { 3 };
+        let data_nodes = if rng.chance(40.0) { 2 } else { 3 };
         // Two voters can't lose one; it is the rare case, for the waits.
         let witness = if data_nodes == 2 {
             rng.chance(90.0)
@@ -199,7 +199,7 @@ impl Scenario {
             bursts: rng.pick(&[0.0, 20.0, 60.0]),
             idle_heal: rng.chance(50.0),
             hang_one: rng.chance(10.0),
-            repair_after_ms: rng.pick(&[300, 6000]),
+            repair_late: rng.chance(50.0),
             ambush: rng.pick(&[0.0, 5.0, 25.0]),
             trouble: Duration::from_millis(rng.pick(&[400, 800, 1600])),
             rounds: rng.pick(&[1, 1, 2, 3]),

@@ -3,8 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use relevo_format::{Layout, Region, activity};
-use relevo_types::{BLOCK_SIZE, ByteRange};
+use relevo_format::{
+    Layout, META_BLOCK, Region, activity,
+    bitmap::{self, Copies, PageId},
+};
+use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange};
 
 use super::{Verdict, Violation};
 use crate::disk::Disk;
@@ -84,6 +87,46 @@ impl ColdRegions {
                 ),
             )),
         }
+    }
+
+    /// The blocks that a replica will call uncertain when it is attached again, read from its disk as
+    /// an attach does: its own bitmap, and after an unclean end the regions of the activity log.
+    #[must_use]
+    pub fn uncertain(&self, disk: &Disk) -> Vec<BlockRange> {
+        let all = vec![BlockRange::new(0, self.layout.data_blocks())];
+        let superblocks = Layout::superblocks(disk.size()).map(|range| disk.view_bytes(range));
+        let Some(Ok(found)) = superblocks.map(|bytes| relevo_format::read_superblocks(&bytes))
+        else {
+            return all;
+        };
+        let slot = found.superblock.replica.slot;
+        let mut blocks = Vec::new();
+        let pages = disk.view_bytes(self.layout.bitmap_of(slot));
+        for (page, copies) in (0u32..).zip(pages.chunks(2 * META_BLOCK)) {
+            let first = u64::from(page) * bitmap::BLOCKS_PER_PAGE;
+            match bitmap::read(PageId { slot, page }, self.tag, copies) {
+                Copies::Blank => {}
+                Copies::Damaged { .. } => return all,
+                Copies::Valid { words, .. } => {
+                    for (at, word) in (first..).step_by(64).zip(words.iter()) {
+                        let bits = (0..64).filter(|bit| word >> bit & 1 == 1);
+                        blocks.extend(bits.map(|bit| BlockRange::new(at + bit, 1)));
+                    }
+                }
+            }
+        }
+        if !found.superblock.clean {
+            let ring = activity::recover(&disk.view_bytes(self.layout.activity_ring()), self.tag);
+            if ring.valid == 0 {
+                return all;
+            }
+            blocks.extend(
+                ring.regions
+                    .iter()
+                    .map(|region| self.layout.region_blocks(*region)),
+            );
+        }
+        blocks
     }
 
     /// Whether a range lies in the data area.

@@ -1,5 +1,6 @@
-//! Sent or marked (rules 5 and 6): blocks in which a replica outside the in-sync set differs from the
-//! primary are dirty for it at the primary, or uncertain by its own word. And marks drain: once a
+//! Sent or marked (rules 5 and 6): for each replica outside the in-sync set and each replica that
+//! could be the source of its resync, now or after the next takeover: the blocks in which they differ
+//! are dirty for it at the source, or uncertain by the word of one of the two. And marks drain: once a
 //! replica is in sync and quiet, the primary has none left for it.
 
 use relevo_replication::Engine;
@@ -10,29 +11,24 @@ use crate::disk::Disk;
 
 const RULE: &str = "what differs is marked (rules 5, 6)";
 
-/// Checks a replica outside the in-sync set against the primary.
+/// Checks a replica outside the in-sync set against a source, given all that is marked.
 ///
 /// # Errors
 /// A block differs that nobody marked.
 pub fn check(
     blocks: u64,
-    primary: (NodeId, &Disk),
-    other: (NodeId, &Disk),
-    engines: (Option<&Engine>, Option<&Engine>),
+    source: (NodeId, &Disk),
+    target: (NodeId, &Disk),
+    marks: &[BlockRange],
 ) -> Verdict {
-    let (Some(source), Some(target)) = engines else {
-        return Ok(());
-    };
-    let mut marks = source.dirty_blocks(other.0);
-    marks.extend(target.dirty_blocks(other.0));
     let marked = |block: u64| marks.iter().any(|range| contains(range, block));
-    match equal::differing(blocks, primary.1, other.1).find(|block| !marked(*block)) {
+    match equal::differing(blocks, source.1, target.1).find(|block| !marked(*block)) {
         None => Ok(()),
         Some(block) => Err(Violation::new(
             RULE,
             format!(
-                "block {block} differs between {} (primary) and {}, which is not in sync, and is marked by neither: {marks:?}",
-                primary.0, other.0
+                "block {block} differs between {} (in sync) and {}, which is not, and is marked by neither: {marks:?}",
+                source.0, target.0
             ),
         )),
     }

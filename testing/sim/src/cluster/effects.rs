@@ -119,7 +119,7 @@ impl Cluster {
         }
         let Some(kind) = crash else { return false };
         self.crash(node, kind);
-        let back = self.chance.trouble.millis(5, 900);
+        let back = self.chance.trouble.spread_millis(3, 900);
         self.queue.after(back, Event::Start(node));
         true
     }

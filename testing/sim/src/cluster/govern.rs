@@ -276,9 +276,12 @@ impl Cluster {
         let Some(process) = &machine.process else {
             return;
         };
-        if process.disk_failed
-            && now.since(process.started) > Duration::from_millis(self.scenario.repair_after_ms)
-        {
+        let patience = if self.scenario.repair_late && !self.repairing {
+            return;
+        } else {
+            Duration::from_millis(300)
+        };
+        if process.disk_failed && now.since(process.started) > patience {
             self.crash(node, super::Crash::Power);
             let back = self.chance.node.millis(20, 300);
             self.queue.after(back, Event::Start(node));
@@ -373,7 +376,26 @@ impl Cluster {
     /// Whether the committed state has all replicas in sync.
     pub(super) fn all_in_sync(&self) -> bool {
         let volume = &self.control.state().volumes[&VOLUME];
-        volume.in_sync.len() == volume.replicas.len()
+        volume
+            .replicas
+            .keys()
+            .all(|node| volume.in_sync.contains(node) || self.is_out_of_order(index_of(*node)))
+    }
+
+    /// Its disk failed, and nobody repairs it yet.
+    fn is_out_of_order(&self, node: Index) -> bool {
+        let failed = |process: &super::Process| process.disk_failed;
+        self.scenario.repair_late
+            && !self.repairing
+            && self.machines[node].process.as_ref().is_some_and(failed)
+    }
+
+    /// Nobody has the data but nodes whose disks failed: only a repair can help.
+    pub(super) fn needs_repair(&self) -> bool {
+        let in_sync = &self.control.volume().in_sync;
+        in_sync
+            .iter()
+            .all(|node| self.is_out_of_order(index_of(*node)))
     }
 
     /// The node that is primary by the committed state and open.

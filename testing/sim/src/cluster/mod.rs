@@ -106,6 +106,8 @@ enum Event {
     Resume(Index),
     /// Directions of the network heal.
     Heal(Vec<(Plane, Index, Index)>),
+    /// The workload holds back for a moment.
+    Hush,
     /// The workload goes on.
     Loud,
 }
@@ -152,8 +154,12 @@ pub struct Cluster {
     phase: Phase,
     /// Clients hold back until told.
     quiet: bool,
+    /// Since when they do.
+    quiet_since: Time,
     /// The replicas were compared since the clients began to hold back.
     compared: bool,
+    /// Failed disks are being repaired.
+    repairing: bool,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
     /// A part or a disk failed: a person has to say `service start` after the repair. Layer 2.
@@ -252,7 +258,9 @@ impl Cluster {
             trace,
             phase: Phase::Trouble,
             quiet: false,
+            quiet_since: Time::ZERO,
             compared: false,
+            repairing: false,
             target: None,
             person_needed: false,
             leader: None,
@@ -283,6 +291,7 @@ impl Cluster {
         if self.scenario.managed {
             self.queue.after(Duration::from_millis(30), Event::Elect);
         }
+        self.queue.after(Duration::from_millis(200), Event::Hush);
         for client in 0..self.scenario.clients {
             self.queue
                 .after(Duration::from_millis(10), Event::Client(client));
@@ -435,6 +444,10 @@ impl Cluster {
                 self.look_at_all_queues();
                 Ok(())
             }
+            Event::Hush => {
+                self.hush();
+                Ok(())
+            }
             Event::Loud => {
                 self.quiet = false;
                 Ok(())
@@ -527,6 +540,7 @@ impl Cluster {
             lower_epoch: LowerEpoch::default(),
         });
         if has_replica {
+            self.fail_early(node);
             self.feed(node, Input::Attach)?;
             if !self.scenario.managed {
                 self.feed(node, Input::Config(volume))?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use relevo_replication::Input;
 
-use super::{Cluster, Crash, Event, Phase, node_id};
+use super::{Cluster, Crash, Event, Phase, node_id, verify::QUIET};
 use relevo_types::cluster::Command;
 
 use crate::{
@@ -77,28 +77,36 @@ impl Cluster {
             Fault::BreakLink => self.break_link(data),
             Fault::DiskError => self.disk_error(data),
             Fault::DiskStall => {
-                self.machines[data].slow_until = now + self.chance.trouble.millis(10, 900);
+                self.machines[data].slow_until = now + self.chance.trouble.spread_millis(5, 900);
             }
             Fault::LogAway => {
-                self.machines[any].log_away_until = now + self.chance.trouble.millis(10, 900);
+                self.machines[any].log_away_until = now + self.chance.trouble.spread_millis(5, 900);
             }
             Fault::Switchover => return self.switchover(),
             Fault::Restart => return self.restart(data),
             Fault::MoveService => self.move_service(data),
-            Fault::Quiet => {
-                self.quiet = true;
-                self.compared = false;
-                let end = self.chance.trouble.millis(20, 120);
-                self.queue.after(end, Event::Loud);
-            }
         }
         Ok(())
+    }
+
+    /// The workload holds back for a moment, so that what lies on the disks can be compared, in the
+    /// middle of whatever is going on.
+    pub(super) fn hush(&mut self) {
+        let again = self.chance.load.millis(100, 600);
+        let long = QUIET + self.chance.load.millis(20, 250);
+        self.queue.after(long, Event::Loud);
+        self.queue.after(long + again, Event::Hush);
+        if self.phase == Phase::Trouble {
+            self.quiet = true;
+            self.quiet_since = self.queue.now();
+            self.compared = false;
+        }
     }
 
     fn crash_and_return(&mut self, node: Index, kind: Crash) {
         if self.machines[node].process.is_some() || kind == Crash::Power {
             self.crash(node, kind);
-            let back = self.chance.trouble.millis(5, 1500);
+            let back = self.chance.trouble.spread_millis(3, 1500);
             self.queue.after(back, Event::Start(node));
         }
     }
@@ -139,7 +147,7 @@ impl Cluster {
         if !self.machines[node].acts() {
             return;
         }
-        let how_long = self.chance.trouble.millis(5, 1200);
+        let how_long = self.chance.trouble.spread_millis(3, 1200);
         if how_long > self.leases.timing().lease {
             self.marks.reached("node paused past its lease");
         }
@@ -149,7 +157,7 @@ impl Cluster {
 
     /// Cuts directions for a while: usually whole cables, sometimes one plane alone.
     fn cut(&mut self, directions: Vec<(Index, Index)>) {
-        let how_long = self.chance.trouble.millis(5, 1500);
+        let how_long = self.chance.trouble.spread_millis(3, 1500);
         let planes: &[Plane] = match self.chance.trouble.below(4) {
             0 => &[Plane::Data],
             1 => &[Plane::Control],
@@ -211,6 +219,18 @@ impl Cluster {
             let late = self.chance.net.chance(20.0);
             let delay = self.chance.net.millis(0, if late { 600 } else { 20 });
             self.queue.after(delay, Event::TellDown(conn, side));
+        }
+    }
+
+    /// A disk that fails while the replica is attached, now and then.
+    pub(super) fn fail_early(&mut self, node: Index) {
+        let wanted = self
+            .scenario
+            .faults
+            .iter()
+            .any(|(fault, _)| *fault == Fault::DiskError);
+        if self.phase == Phase::Trouble && wanted && self.chance.trouble.chance(6.0) {
+            self.disk_error(node);
         }
     }
 
@@ -283,7 +303,7 @@ impl Cluster {
         let machine = &mut self.machines[node];
         machine.process = None;
         machine.paused_until = None;
-        let back = self.chance.trouble.millis(5, 600);
+        let back = self.chance.trouble.spread_millis(3, 600);
         self.queue.after(back, Event::Start(node));
     }
 }

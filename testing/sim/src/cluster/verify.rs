@@ -19,6 +19,9 @@ const HEAL_WITHIN: Duration = Duration::from_secs(14);
 /// From when a secondary's disk hangs until writes go on without it: some link time-outs.
 const SERVES_WITHOUT_WITHIN: Duration = Duration::from_secs(8);
 
+/// Silence after which a member knows of every write that it is complete.
+pub(super) const QUIET: Duration = Duration::from_millis(110);
+
 /// From the last request until nothing is under way.
 const SETTLE_WITHIN: Duration = Duration::from_secs(4);
 
@@ -26,6 +29,7 @@ impl Cluster {
     /// Ends all faults and waits until the cluster serves and is whole.
     pub(super) fn heal(&mut self) -> Verdict {
         let now = self.queue.now();
+        self.repairing = false;
         self.trace.all(now, || "faults stop".to_owned());
         self.phase = Phase::Healing;
         self.quiet = false;
@@ -47,12 +51,22 @@ impl Cluster {
             self.queue
                 .after(Duration::from_millis(50), Event::Start(node));
         }
+        self.run_until(now + Duration::from_millis(100))?;
+        self.become_whole()?;
+        if self.scenario.repair_late {
+            // Only now the operator replaces disks that failed.
+            self.repairing = true;
+            self.become_whole()?;
+        }
+        Ok(())
+    }
+
+    fn become_whole(&mut self) -> Verdict {
         self.load.writes_answered = 0;
-        let until = now + HEAL_WITHIN;
-        let steady = now + Duration::from_millis(100);
+        let until = self.queue.now() + HEAL_WITHIN;
         while self.queue.now() < until {
             self.step()?;
-            if self.queue.now() > steady && self.is_whole() {
+            if self.is_whole() || self.needs_repair() {
                 return Ok(());
             }
         }
@@ -166,7 +180,8 @@ impl Cluster {
 
     /// In a quiet moment of the trouble phase: replicas in sync are equal, the others marked.
     pub(super) fn look_when_quiet(&mut self) -> Verdict {
-        if !self.quiet || self.compared || !self.is_silent() {
+        let long_enough = self.quiet && self.queue.now() > self.quiet_since + QUIET;
+        if !long_enough || self.compared || !self.is_silent() {
             return Ok(());
         }
         let Some(primary) = self.open_primary() else {
@@ -179,27 +194,49 @@ impl Cluster {
             return Ok(());
         }
         self.compared = true;
-        let blocks = self.scenario.blocks;
-        for node in 0..self.scenario.data_nodes {
-            if node == primary || !self.is_attached(node) {
-                continue;
-            }
-            let ours = (node_id(primary), &self.machines[primary].disk);
-            let theirs = (node_id(node), &self.machines[node].disk);
-            if volume.in_sync.contains(&node_id(node)) {
-                if self.is_established(primary, node) {
-                    equal::check(blocks, ours, theirs)?;
-                }
-            } else if !self.net.is_linked(primary, node)
-                || !self.net.wants_connection(primary, node)
-            {
-                // On a link that is broken and not known to be, what was sent is awaited: neither
-                // there nor marked yet.
-                let engines = (self.engine(primary), self.engine(node));
-                marked::check(blocks, ours, theirs, engines)?;
+        self.marks
+            .reached("replicas were compared in the middle of trouble");
+        let members: Vec<Index> = (0..self.scenario.data_nodes)
+            .filter(|node| *node != primary && volume.in_sync.contains(&node_id(*node)))
+            .filter(|node| self.is_attached(*node) && self.is_established(primary, *node))
+            .collect();
+        let disk = |node: Index| (node_id(node), &self.machines[node].disk);
+        for node in &members {
+            equal::check(self.scenario.blocks, disk(primary), disk(*node))?;
+        }
+        let outside: Vec<Index> = (0..self.scenario.data_nodes)
+            .filter(|node| !volume.in_sync.contains(&node_id(*node)))
+            .collect();
+        for node in outside {
+            // On a link that is broken and not known to be, what the primary sent is awaited: neither
+            // there nor marked by it yet. Whoever would take over must have it marked all the same.
+            let sent = self.net.is_linked(primary, node)
+                && self.net.wants_connection(primary, node)
+                || self.machines[node].paused_until.is_some();
+            let sources = members.iter().chain((!sent).then_some(&primary));
+            for source in sources {
+                self.check_marks(*source, node)?;
             }
         }
         Ok(())
+    }
+
+    fn check_marks(&self, source: Index, target: Index) -> Verdict {
+        let (Some(engine), Some(cold)) = (self.engine(source), &self.machines[target].cold) else {
+            return Ok(());
+        };
+        let mut marks = engine.dirty_blocks(node_id(target));
+        marks.extend(engine.dirty_blocks(node_id(source)));
+        let attached = self.machines[target]
+            .process
+            .as_ref()
+            .is_some_and(|process| process.attached && !process.disk_failed);
+        match self.engine(target).filter(|_| attached) {
+            Some(engine) => marks.extend(engine.dirty_blocks(node_id(target))),
+            None => marks.extend(cold.uncertain(&self.machines[target].disk)),
+        }
+        let disk = |node: Index| (node_id(node), &self.machines[node].disk);
+        marked::check(self.scenario.blocks, disk(source), disk(target), &marks)
     }
 
     fn engine(&self, node: Index) -> Option<&relevo_replication::Engine> {
