@@ -5,7 +5,7 @@
 //! breaks, or the peer is silent while it owes answers, the next path is tried at once.
 //! [`RpcServer`] hands requests to an [`RpcHandler`], with the id of the node that sent them.
 //!
-//! Frames are a length (u32, little-endian) and a [`Frame`] in postcard.
+//! Frames are a length (u32, little-endian) and a `Frame` in postcard.
 
 mod client;
 mod connection;

@@ -1,7 +1,7 @@
 //! A whole cluster under one virtual clock: the composition of engines, disks, network, control log,
 //! leases, clients and checkers. Run by `run`; owns all state of a run.
 //!
-//! Everything that happens is an [`Event`] of the queue, handled to its end. An engine's effects are
+//! Everything that happens is an `Event` of the queue, handled to its end. An engine's effects are
 //! carried out at once and in order (`effects`); their consequences are new events. The other
 //! modules of this folder are further `impl` blocks, one per concern.
 
