@@ -91,6 +91,11 @@ impl Engine {
         let mut cx = Cx { now, effects };
         let state = std::mem::replace(&mut self.state, State::Detached);
         self.state = self.step(&mut cx, state, input);
+        if let State::Recovering(machine, _, parked) = &mut self.state
+            && machine.failed.is_some()
+        {
+            parked.hand_to_failed(&mut cx, machine);
+        }
         if let State::Ready(machine) | State::Recovering(machine, ..) = &mut self.state
             && let Some(reason) = machine.failed.take()
         {
@@ -259,20 +264,20 @@ impl Engine {
     }
 
     /// Where the replica of `node` may lack what this node has, for tests and verification; empty
-    /// for an unknown node. For this node itself: where it may differ from the others.
+    /// for an unknown node. For this node itself: what it would call uncertain, its tail included.
     #[must_use]
     pub fn dirty_blocks(&self, node: NodeId) -> Vec<BlockRange> {
         let State::Ready(machine) = &self.state else {
             return Vec::new();
         };
-        let slot = if node == self.config.node {
-            Some(machine.meta.own_slot())
-        } else {
-            machine.slot(node)
-        };
-        slot.map_or_else(Vec::new, |slot| {
-            machine.meta.bitmaps.of(slot).runs(u64::MAX).collect()
-        })
+        let runs = |slot| machine.meta.bitmaps.of(slot).runs(u64::MAX);
+        if node == self.config.node {
+            let own = runs(machine.meta.own_slot());
+            return own.chain(machine.tail.blocks()).collect();
+        }
+        machine
+            .slot(node)
+            .map_or_else(Vec::new, |slot| runs(slot).collect())
     }
 
     /// Checks the rules of DESIGN section 3 that one engine can check by itself.
@@ -429,6 +434,20 @@ impl Parked {
             Input::Attach | Input::Disk { .. } | Input::Demote | Input::Tick => {}
         }
         self.detach
+    }
+
+    /// The disk failed while it was recovered: what came meanwhile still counts. Above all the
+    /// configuration, under which this node may have to hand its role over.
+    fn hand_to_failed(&mut self, cx: &mut Cx<'_>, machine: &mut Machine) {
+        let parked = std::mem::take(self);
+        machine.volume = parked.volume;
+        let reason = machine.failed.clone().unwrap_or_default();
+        for peer in parked.links {
+            refuse_disk(cx, peer, &reason);
+        }
+        if parked.detach {
+            cx.emit(Effect::Event(VolumeEvent::Detached));
+        }
     }
 
     fn forget(&mut self, peer: NodeId) {

@@ -172,7 +172,13 @@ impl Machine {
         body: &Body,
         fua: bool,
     ) {
-        let sessions = self.sessions();
+        // A peer that has not answered yet gets nothing: its marks are as good, and one whose disk
+        // hangs would hold up the application with every new link.
+        let mut sessions = self.sessions();
+        sessions.retain(|(peer, _)| {
+            let session = self.links.get(peer).and_then(|link| link.session.as_ref());
+            session.is_some_and(|session| session.stage != Stage::Starting)
+        });
         let others = self.other_slots();
         let sent = sessions.iter().fold(0, |all, (_, slot)| all | slot);
         let slot_of = |node: &NodeId| self.slot(*node).map_or(0, mask);

@@ -68,8 +68,15 @@ impl Machine {
             After::Barrier(Reply { peer, epoch, .. }, id) if self.is_same_link(&after) => {
                 self.send(cx, peer, Message::BarrierAck { epoch, id });
             }
-            After::StartSync(reply) | After::Reconcile(reply) | After::EpochUpdate(reply, _) => {
-                // Overtaken by a higher epoch; a link that is the same must still go on.
+            After::StartSync(reply) | After::Reconcile(reply) => {
+                // Overtaken by a higher epoch, perhaps one of the same primary, which would wait for
+                // the answer for ever: on a new link it asks again.
+                if self.link_number(reply.peer) == Some(reply.link) {
+                    self.stale(cx, reply.peer, reply.epoch);
+                }
+            }
+            After::EpochUpdate(reply, _) => {
+                // Overtaken too, but nobody waits for an answer.
                 if self.link_number(reply.peer) == Some(reply.link) {
                     self.unblock(cx, reply.peer);
                 }

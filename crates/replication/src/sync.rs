@@ -24,7 +24,7 @@ pub(crate) const CHUNK_BLOCKS: u64 = 32;
 /// the application's I/O and must leave it room.
 const CHUNKS_MAX: usize = 128;
 
-/// A session: from its begin every write is sent to the peer.
+/// A session: from the peer's first answer on every write is sent to it.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) stage: Stage,

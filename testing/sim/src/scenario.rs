@@ -172,13 +172,14 @@ impl Scenario {
         // keep it until the replicas are compared.
         let hot_count = rng.pick(&[4, 16, 64, 400]);
         let hot = (0..hot_count).map(|_| rng.below(blocks)).collect();
-        let mut faults: Vec<(Fault, u64)> = Fault::ALL
-            .iter()
-            .map(|fault| (*fault, rng.between(1, 10) * u64::from(rng.chance(55.0))))
-            .filter(|(_, weight)| *weight > 0)
-            .collect();
-        if faults.is_empty() {
-            faults.push((Fault::CrashProcess, 1));
+        // Few kinds go deep, many go wide.
+        let kinds = rng.pick(&[1, 2, 2, 3, 4, 8]);
+        let mut faults: Vec<(Fault, u64)> = Vec::new();
+        while faults.len() < kinds {
+            let fault = rng.pick(Fault::ALL);
+            if faults.iter().all(|(other, _)| *other != fault) {
+                faults.push((fault, rng.between(1, 10)));
+            }
         }
         Self {
             seed,

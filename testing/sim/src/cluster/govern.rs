@@ -239,6 +239,7 @@ impl Cluster {
             };
         }
         self.evict_condemned(node);
+        self.readmit_returned(node);
         if node < self.scenario.data_nodes {
             self.restart_failed(node);
             self.claim(node);
@@ -263,6 +264,26 @@ impl Cluster {
                         node: *id,
                         generation: other.lease.generation,
                         proof: Proof::Condemned { by },
+                    },
+                );
+            }
+        }
+    }
+
+    /// Nodes that are heard again are let in by whoever notices, even before they know that they were
+    /// out.
+    fn readmit_returned(&mut self, node: Index) {
+        let state = Arc::clone(&self.machines[node].known.1);
+        for (id, other) in &state.nodes {
+            let index = index_of(*id);
+            let view = self.view();
+            let heard = view.runs(index) && view.reaches(index, node) && view.reaches(node, index);
+            if index != node && other.lease.evicted && heard && self.chance.node.chance(20.0) {
+                self.propose(
+                    node,
+                    Command::Readmit {
+                        node: *id,
+                        generation: other.lease.generation,
                     },
                 );
             }

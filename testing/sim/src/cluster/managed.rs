@@ -436,18 +436,9 @@ impl Cluster {
         if !self.scenario.managed || !self.person_needed || self.phase != Phase::Healing {
             return;
         }
-        let failed = self.machines.iter().any(|machine| {
-            machine
-                .process
-                .as_ref()
-                .is_none_or(|process| process.disk_failed)
-        });
         let Some(leader) = self.leader.filter(|leader| self.reaches_majority(*leader)) else {
             return;
         };
-        if failed {
-            return;
-        }
         // A failure may be recorded late; the operator looks again.
         let given_up: Vec<ServiceId> = self
             .control
