@@ -7,7 +7,7 @@ use relevo_disk::{Backing, DriverKind, IoMode, OpenError, OpenOptions};
 use relevo_replication::io::{DiskOpKind, DiskReply};
 use relevo_types::ByteRange;
 
-use crate::support::{Disk, dir, file, kinds, open, pattern, skip};
+use crate::support::{Disk, dir, file, kinds, open, pattern};
 
 const MIB: usize = 1 << 20;
 
@@ -37,7 +37,7 @@ fn what_is_written_is_read_and_lasts() {
         let path = file(dir.path(), 4 * MIB);
         let backing = open(&path, buffered);
         if !buffered && *backing.mode() != IoMode::Direct {
-            skip(
+            said::skip(
                 "what_is_written_is_read_and_lasts, direct",
                 "not on this filesystem",
             );
@@ -236,7 +236,7 @@ impl Drop for SmallFilesystem {
 fn a_full_filesystem_is_an_error_with_its_reason() {
     let small = match SmallFilesystem::mount() {
         Ok(small) => small,
-        Err(why) => return skip("a_full_filesystem_is_an_error_with_its_reason", &why),
+        Err(why) => return said::skip("a_full_filesystem_is_an_error_with_its_reason", &why),
     };
     let path = small.0.path().join("backing");
     each("a_full_filesystem", |kind, buffered| {

@@ -8,7 +8,7 @@ use relevo_disk::{
 use relevo_format::{Identity, Layout, Replica, identify};
 use relevo_types::{ClusterId, LineageId, NodeId, ReplicaSlot, VolumeId};
 
-use crate::support::{dir, skip};
+use crate::support::dir;
 
 const SIZE: u64 = 8 << 20;
 
@@ -183,7 +183,7 @@ fn a_device_is_zeroed_used_exclusively_and_wiped() {
     fs::write(&file, content).unwrap();
     let device = match Loop::attach(&file) {
         Ok(device) => device,
-        Err(why) => return skip("a_device_is_zeroed_used_exclusively_and_wiped", &why),
+        Err(why) => return said::skip("a_device_is_zeroed_used_exclusively_and_wiped", &why),
     };
     let path = Path::new(&device.0);
     create(path, 1, false).unwrap();

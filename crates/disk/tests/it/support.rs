@@ -13,15 +13,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub(crate) type Outcome = Result<DiskReply, DiskError>;
 
-/// Says that a test can't run here; with `RELEVO_REQUIRE_ALL=1` that is a failure.
-pub(crate) fn skip(name: &str, why: &str) {
-    assert!(
-        std::env::var_os("RELEVO_REQUIRE_ALL").is_none(),
-        "{name} can't run: {why}"
-    );
-    println!("SKIPPED {name}: {why}");
-}
-
 /// A driver with a way to wait.
 pub(crate) struct Disk {
     driver: Box<dyn DiskDriver>,
@@ -91,7 +82,7 @@ pub(crate) fn kinds(test: &str) -> Vec<DriverKind> {
     if choice.kind == DriverKind::Uring {
         return vec![DriverKind::Uring, DriverKind::Pool];
     }
-    skip(&format!("{test} with io_uring"), &choice.reason);
+    said::skip(&format!("{test} with io_uring"), &choice.reason);
     vec![DriverKind::Pool]
 }
 

@@ -15,10 +15,7 @@ use relevo_export::{
     device::{Detach, Detached, DeviceError, DeviceOptions, cleanup_leftovers},
 };
 
-use crate::{
-    memory::Memory,
-    skip::{no_devices, skip},
-};
+use crate::{memory::Memory, skip::no_devices};
 
 const MIB: usize = 1 << 20;
 
@@ -322,7 +319,7 @@ fn a_file_system_lives_on_it() {
         return;
     }
     if Command::new("mkfs.ext4").arg("-V").output().is_err() {
-        return skip(TEST, "mkfs.ext4 is not installed");
+        return said::skip(TEST, "mkfs.ext4 is not installed");
     }
     let (dir, name) = place();
     let memory = Memory::new(64 * MIB);

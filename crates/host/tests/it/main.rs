@@ -8,22 +8,9 @@ mod namespaces;
 mod processes;
 mod supervision;
 
-use std::{env, fmt, time::Duration};
+use std::time::Duration;
 
-/// What a test needs, or `None` after saying that the test is skipped. With `RELEVO_REQUIRE_ALL=1`
-/// nothing may be skipped.
-fn need<T, E: fmt::Display>(test: &str, result: Result<T, E>) -> Option<T> {
-    match result {
-        Ok(value) => Some(value),
-        Err(why) if env::var_os("RELEVO_REQUIRE_ALL").is_some_and(|value| value == "1") => {
-            panic!("{test} may not be skipped: {why}")
-        }
-        Err(why) => {
-            println!("SKIPPED {test}: {why}");
-            None
-        }
-    }
-}
+use said::need;
 
 /// Waits until `condition` holds, for at most `patience`; says whether it did.
 fn eventually(patience: Duration, mut condition: impl FnMut() -> bool) -> bool {

@@ -95,15 +95,6 @@ fn assert_nothing_left(directory: &Path) {
     assert!(!mounts.contains(&word), "still mounted: {mounts}");
 }
 
-/// Says by name that a test can't run here; fails where all must.
-fn skip(name: &str, why: &str) {
-    assert!(
-        std::env::var_os("RELEVO_REQUIRE_ALL").is_none(),
-        "{name} must run here, and can't: {why}"
-    );
-    println!("SKIPPED {name}: {why}");
-}
-
 fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| {
         use std::os::unix::fs::MetadataExt as _;
@@ -114,7 +105,7 @@ fn is_root() -> bool {
 #[test]
 fn as_root_in_namespaces_every_scene() {
     if !is_root() {
-        return skip("as_root_in_namespaces_every_scene", "it needs root");
+        return said::skip("as_root_in_namespaces_every_scene", "it needs root");
     }
     let directory = tempfile::tempdir().expect("directory");
     let output = demo(directory.path(), &["--surroundings", "namespaces"]);
@@ -148,7 +139,7 @@ fn in_a_user_namespace_without_block_devices() {
     let output = demo(directory.path(), &arguments);
     let words = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() && words.contains("user namespace") {
-        return skip("in_a_user_namespace_without_block_devices", &words);
+        return said::skip("in_a_user_namespace_without_block_devices", &words);
     }
     assert_perfect(&output, &["power-loss", "partition"]);
     assert!(

@@ -2,7 +2,7 @@
 
 use crate::{
     subject::Subject,
-    tools::{judge, python_with_nbd, skip},
+    tools::{judge, python_with_nbd},
 };
 
 const SCRIPT: &str = r#"
@@ -115,7 +115,7 @@ print("done")
 #[test]
 fn libnbd_illegal_requests() {
     let Some(python) = python_with_nbd() else {
-        return skip("libnbd_illegal_requests", "no Python has libnbd's binding");
+        return said::skip("libnbd_illegal_requests", "no Python has libnbd's binding");
     };
     let subject = Subject::start(4 << 20);
     let script = subject.file("illegal.py");

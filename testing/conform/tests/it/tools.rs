@@ -10,16 +10,9 @@ pub(crate) fn missing(test: &str, program: &str) -> bool {
         .output()
         .is_ok();
     if !found {
-        skip(test, &format!("{program} is not installed"));
+        said::skip(test, format_args!("{program} is not installed"));
     }
     !found
-}
-
-/// Says that a test can't run here; with `RELEVO_REQUIRE_ALL=1` it fails instead.
-pub(crate) fn skip(test: &str, why: &str) {
-    let required = std::env::var_os("RELEVO_REQUIRE_ALL").is_some_and(|value| value == "1");
-    assert!(!required, "{test} can't run here: {why}");
-    println!("SKIPPED {test}: {why}");
 }
 
 /// Runs a judge, with a limit on its time; its verdict must be good.

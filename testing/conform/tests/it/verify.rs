@@ -2,7 +2,7 @@
 
 use crate::{
     subject::Subject,
-    tools::{judge, run, skip},
+    tools::{judge, run},
 };
 
 #[test]
@@ -10,7 +10,7 @@ fn fio_verifies_what_it_wrote() {
     const TEST: &str = "fio_verifies_what_it_wrote";
     let engine = run("fio", &["--enghelp=nbd"]);
     if !engine.status.success() {
-        return skip(TEST, "fio with its nbd engine is not installed");
+        return said::skip(TEST, "fio with its nbd engine is not installed");
     }
     let subject = Subject::start(32 << 20);
     let uri = format!("--uri={}", subject.uri());

@@ -20,7 +20,7 @@ fn a_crash_at_any_disk_effect_breaks_nothing() {
             }
         }
     }
-    println!("{runs} crash points");
+    said::say(format_args!("{runs} crash points"));
     assert!(
         runs > 100,
         "the schedules have hardly any disk effects: {runs}"

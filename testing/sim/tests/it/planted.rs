@@ -35,11 +35,11 @@ fn caught(bug: PlantedBug) {
             break;
         };
         if failure.is_safety {
-            println!(
+            said::say(format_args!(
                 "{bug:?} caught after {} seeds: {}",
                 failure.seed + 1,
                 failure.what
-            );
+            ));
             return;
         }
         from = failure.seed + 1;

@@ -34,13 +34,13 @@ fn ten_thousand_seeds_keep_every_promise() {
     if let Some(failure) = totals.failures.first() {
         panic!("{failure}");
     }
-    println!(
+    said::say(format_args!(
         "{} seeds, {} events, {} requests answered\n{}",
         totals.runs,
         totals.events,
         totals.answered,
         totals.marks.table()
-    );
+    ));
     assert_eq!(totals.runs, seeds);
     if seeds >= SEEDS_FOR_COVERAGE {
         let missing = totals.marks.missing();
@@ -58,10 +58,10 @@ fn real_managers_keep_every_promise() {
     if let Some(failure) = totals.failures.first() {
         panic!("{failure}");
     }
-    println!(
+    said::say(format_args!(
         "{} seeds with real managers, {} events",
         totals.runs, totals.events
-    );
+    ));
     assert_eq!(totals.runs, seeds);
 }
 
