@@ -95,7 +95,13 @@ impl AddressKeeper {
     /// Until when this node's lease holds, whenever that changes. An earlier moment than before
     /// shortens it; once it has passed, the addresses are removed; a later one puts them back.
     pub fn lease_until(&self, until: Time) {
-        self.lease.send_replace(until);
+        // A mere extension, ten a second, wakes nobody: the thread looks when it next acts, and
+        // that is before the lease it knows is over.
+        self.lease.send_if_modified(|known| {
+            let extended = *known > clock::now() && until >= *known;
+            *known = until;
+            !extended
+        });
     }
 
     /// Takes the address of a service's part: puts it on its interface, tells the neighbours and

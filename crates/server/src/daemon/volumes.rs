@@ -83,7 +83,29 @@ pub(crate) struct Shared {
     /// Set once the data port listens.
     dialer: Mutex<Option<Dialer>>,
     volumes: Mutex<BTreeMap<VolumeId, Known>>,
-    lease: Mutex<Time>,
+    lease: Mutex<Lease>,
+}
+
+/// The node's lease, and what the volumes were told of it. It is renewed with every heartbeat; telling
+/// them each time would wake two threads a volume ten times a second for nothing. What they know is
+/// earlier by the suspect time at most, so that a healthy lease always has more than half of the dead
+/// time left there.
+#[derive(Debug, Default)]
+struct Lease {
+    until: Time,
+    told: Time,
+}
+
+impl Lease {
+    /// Takes the new end. True: the volumes must be told.
+    fn renew(&mut self, until: Time, now: Time, step: Duration) -> bool {
+        self.until = until;
+        let tell = until < self.told || self.told <= now || until >= self.told + step;
+        if tell {
+            self.told = until;
+        }
+        tell
+    }
 }
 
 /// A volume that this node was told about.
@@ -130,7 +152,7 @@ impl Volumes {
             runtime: context.runtime,
             dialer: Mutex::new(None),
             volumes: Mutex::default(),
-            lease: Mutex::new(Time::ZERO),
+            lease: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -146,7 +168,10 @@ impl Volumes {
 
     /// Until when reads may be served. Does not wait.
     pub(crate) fn lease_until(&self, until: Time) {
-        *lock(&self.shared.lease) = until;
+        let step = self.shared.timing.suspect;
+        if !lock(&self.shared.lease).renew(until, relevo_host::clock::now(), step) {
+            return;
+        }
         for known in lock(&self.shared.volumes).values() {
             known.mailbox.lease(until);
         }
@@ -257,7 +282,7 @@ impl Volumes {
         }
         match volume_worker::start(volume, Arc::clone(&self.shared)) {
             Ok(mailbox) => {
-                mailbox.lease(*lock(&self.shared.lease));
+                mailbox.lease(self.shared.lease());
                 let known = Known {
                     mailbox: Arc::clone(&mailbox),
                     live: None,
@@ -353,7 +378,7 @@ impl Shared {
     }
 
     pub(crate) fn lease(&self) -> Time {
-        *lock(&self.lease)
+        lock(&self.lease).until
     }
 
     pub(crate) fn replica(&self, volume: VolumeId) -> Option<LocalReplica> {
@@ -425,4 +450,26 @@ impl Shared {
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each use leaves the value whole, so a panic elsewhere spoils nothing.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_told_of_a_lease_when_it_matters() {
+        let at = |ms: u64| Time::ZERO + Duration::from_millis(ms);
+        let step = Duration::from_millis(300);
+        let mut lease = Lease::default();
+        assert!(lease.renew(at(1900), at(1000), step), "the first one");
+        assert!(!lease.renew(at(2000), at(1100), step), "a mere renewal");
+        assert!(!lease.renew(at(2100), at(1200), step));
+        assert!(lease.renew(at(2200), at(1300), step), "a step further");
+        assert!(lease.renew(at(2100), at(1300), step), "a shorter one");
+        assert!(
+            lease.renew(at(2200), at(2150), step),
+            "what they know is over"
+        );
+        assert_eq!(lease.until, at(2200));
+    }
 }
