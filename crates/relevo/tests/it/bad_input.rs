@@ -188,6 +188,44 @@ fn foreign_data_is_kept() {
 }
 
 #[test]
+fn a_backing_of_another_cluster_is_kept() {
+    let site = Site::new();
+    let mut other = one_node(&site, "other", "elsewhere");
+    other.ok(&["volume", "create", "theirs", "--size", "8MiB"]);
+    assert_eq!(other.terminate(Duration::from_secs(10)), Some(0));
+    let file = only_file(&other.state_dir().join("pool"));
+    let content = std::fs::read(&file).unwrap();
+
+    let mut alfa = one_node(&site, "alfa", "campus");
+    let replica = format!("alfa={}", file.display());
+    let args = ["volume", "create", "x", "--size", "8MiB", "--on", &replica];
+    let err = alfa.refused(&args);
+    assert!(err.contains("of cluster"), "{err}");
+    assert!(err.contains("--force"), "{err}");
+
+    // Nor is it taken when it stands where this cluster's own replica was.
+    alfa.ok(&["volume", "create", "ours", "--size", "8MiB"]);
+    assert_eq!(alfa.terminate(Duration::from_secs(10)), Some(0));
+    let own = only_file(&alfa.state_dir().join("pool"));
+    std::fs::write(&own, &content).unwrap();
+    alfa.start();
+    let mut replica = serde_json::Value::Null;
+    eventually(Duration::from_secs(10), "the replica is refused", || {
+        replica = alfa.find("volumes", "ours")["replicas"][0].clone();
+        replica["disk"] == "Failed" && replica["remark"].is_string()
+    });
+    let remark = replica["remark"].as_str().unwrap();
+    assert!(remark.contains("belongs to volume"), "{remark}");
+    for kept in [&file, &own] {
+        assert!(
+            std::fs::read(kept).unwrap() == content,
+            "{} was changed",
+            kept.display()
+        );
+    }
+}
+
+#[test]
 fn service_files() {
     let site = Site::new();
     let alfa = one_node(&site, "alfa", "campus");
