@@ -47,6 +47,13 @@ impl Findings {
             let problem = "this node has no lease: it runs nothing".to_owned();
             self.add(Health::Down, problem);
         }
+        if quorum.alive == quorum.needed && quorum.alive < quorum.voters {
+            let problem = format!(
+                "{} of {} voters are alive and {} are needed: the next loss stops the cluster until a voter is back",
+                quorum.alive, quorum.voters, quorum.needed
+            );
+            self.add(Health::Degraded, problem);
+        }
         if quorum.leader.is_none() {
             let problem = "the control log has no leader: nothing can be changed now".to_owned();
             self.add(Health::Degraded, problem);

@@ -245,7 +245,13 @@ fn a_dead_node_degrades() {
     );
     let (health, problems) = judge(&status);
     assert_eq!(health, Health::Degraded);
-    assert_eq!(problems, ["node beta is dead"]);
+    assert_eq!(
+        problems,
+        [
+            "2 of 3 voters are alive and 2 are needed: the next loss stops the cluster until a voter is back",
+            "node beta is dead"
+        ]
+    );
     assert_eq!(status.nodes[1].reason.as_deref(), Some("silent on lan"));
 }
 
