@@ -439,13 +439,27 @@ impl Cluster {
         let Some(leader) = self.leader.filter(|leader| self.reaches_majority(*leader)) else {
             return;
         };
-        // A failure may be recorded late; the operator looks again.
+        // A node that has the data, a disk that works and no failure on record needs nobody: there the
+        // managers must bring the service up by themselves. A person is also right to start it before
+        // a failed disk elsewhere is replaced. A failure may be recorded late; the operator looks again.
+        let able: Vec<NodeId> = self
+            .control
+            .volume()
+            .in_sync
+            .iter()
+            .copied()
+            .filter(|node| {
+                let process = self.machines[index_of(*node)].process.as_ref();
+                process.is_some_and(|process| !process.disk_failed)
+            })
+            .collect();
         let given_up: Vec<ServiceId> = self
             .control
             .state()
             .services
             .values()
             .filter(|service| !service.failures.is_empty())
+            .filter(|service| able.iter().all(|node| service.failures.contains_key(node)))
             .map(|service| service.id)
             .collect();
         for service in given_up {
