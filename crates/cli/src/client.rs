@@ -14,8 +14,9 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use relevo_server::api::{
     ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done, Event, InitAnswer,
-    InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, SOCKET_NAME, ServiceStatus,
-    StandbyRequest, Status, TokenAnswer, TokenRequest, VolumeStatus,
+    InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, OrderRequest, SOCKET_NAME,
+    ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer, TokenRequest,
+    VolumeStatus,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -123,6 +124,28 @@ impl Client {
     pub async fn make_primary(&self, volume: &str) -> Result<Done, CliError> {
         self.post(&format!("/v1/volumes/{}/primary", escape(volume)))
             .await
+    }
+
+    /// Sets options of a volume.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn set_options(
+        &self,
+        volume: &str,
+        request: &SetOptionsRequest,
+    ) -> Result<Done, CliError> {
+        let path = format!("/v1/volumes/{}/options", escape(volume));
+        self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// Gives an order to the daemon's replica of a volume.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn order(&self, volume: &str, request: &OrderRequest) -> Result<Done, CliError> {
+        let path = format!("/v1/volumes/{}/order", escape(volume));
+        self.call(Method::POST, &path, Some(request)).await
     }
 
     /// Makes this node secondary of a volume.

@@ -23,7 +23,7 @@ use std::{
 
 use relevo_disk::{Backing, DriverChoice, IoMode, OpenError, OpenOptions};
 use relevo_export::{BlockRequest, BlockTarget, Completion, Errno};
-use relevo_replication::{EngineConfig, EngineStatus, VolumeEvent};
+use relevo_replication::{EngineConfig, EngineStatus, Order, VolumeEvent};
 use relevo_transport::EstablishedLink;
 use relevo_types::{
     Epoch, NodeId, Time,
@@ -150,6 +150,9 @@ pub(crate) struct Shared {
     ended: Condvar,
 }
 
+/// Called once with what came of an order: done, or why not. Dropped when the thread ends before.
+pub type OrderDone = Box<dyn FnOnce(Result<(), String>) + Send>;
+
 /// What handles tell the thread.
 pub(crate) enum Command {
     Config(Arc<Volume>),
@@ -157,6 +160,7 @@ pub(crate) enum Command {
     Link(Box<EstablishedLink>),
     Demote,
     Detach,
+    Order(Order, OrderDone),
     Listen(Listener),
     CloseNbd,
     Request(BlockRequest, Completion),
@@ -237,6 +241,14 @@ impl VolumeHandle {
     /// The thread has ended.
     pub fn detach(&self) -> Result<(), Gone> {
         self.command(Command::Detach)
+    }
+
+    /// An operator's order; `done` is called on the volume's thread and must not block.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn order(&self, order: Order, done: OrderDone) -> Result<(), Gone> {
+        self.command(Command::Order(order, done))
     }
 
     /// Accept NBD clients there. While the volume is not open here they are told why.

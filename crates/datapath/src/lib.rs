@@ -18,6 +18,6 @@ mod poller;
 mod requests;
 
 pub use handle::{
-    DatapathEvent, Gone, NbdAddress, SpawnError, VolumeHandle, VolumeStatus, VolumeTarget,
-    VolumeThread, VolumeThreadConfig,
+    DatapathEvent, Gone, NbdAddress, OrderDone, SpawnError, VolumeHandle, VolumeStatus,
+    VolumeTarget, VolumeThread, VolumeThreadConfig,
 };

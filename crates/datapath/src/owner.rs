@@ -23,13 +23,15 @@ use relevo_export::{
     nbd::{Export, NbdRequest, RequestTag},
 };
 use relevo_replication::{
-    DiskError, DiskReply, Effect, Engine, EngineConfig, Input, OpId, VolumeEvent,
+    DiskError, DiskReply, Effect, Engine, EngineConfig, Input, OpId, OrderId, VolumeEvent,
 };
 use relevo_types::{NodeId, Time, cluster::Volume};
 use relevo_wire::Message;
 
 use crate::{
-    handle::{Command, DatapathEvent, Listener, Shared, VolumeStatus, VolumeThreadConfig, lock},
+    handle::{
+        Command, DatapathEvent, Listener, OrderDone, Shared, VolumeStatus, VolumeThreadConfig, lock,
+    },
     link::{Link, READ_LEN},
     nbd::Client,
     poller::{Interest, Poller, Token},
@@ -88,6 +90,9 @@ pub(crate) struct Owner {
     /// The peers can't keep up: requests are not read from clients.
     paused: bool,
     next_number: u32,
+    last_order: u64,
+    /// Whom to tell what came of an order.
+    orders: BTreeMap<OrderId, OrderDone>,
     scratch: Vec<u8>,
     messages: Vec<Message>,
     nbd_requests: Vec<NbdRequest>,
@@ -137,6 +142,8 @@ impl Owner {
             touched: Vec::new(),
             paused: false,
             next_number: 0,
+            last_order: 0,
+            orders: BTreeMap::new(),
             scratch: vec![0; READ_LEN],
             messages: Vec::new(),
             nbd_requests: Vec::new(),
@@ -244,7 +251,10 @@ impl Owner {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Config(volume) => {
-                let is_newer = self.volume.as_ref().is_none_or(|v| v.epoch <= volume.epoch);
+                let is_newer = self
+                    .volume
+                    .as_ref()
+                    .is_none_or(|v| v.version <= volume.version);
                 if is_newer {
                     self.volume = Some(Arc::clone(&volume));
                     self.forget_peers();
@@ -256,6 +266,12 @@ impl Owner {
             Command::Link(link) => self.add_link(*link),
             Command::Demote => self.tell(Input::Demote),
             Command::Detach => self.tell(Input::Detach),
+            Command::Order(order, done) => {
+                self.last_order += 1;
+                let id = OrderId(self.last_order);
+                self.orders.insert(id, done);
+                self.tell(Input::Order { id, order });
+            }
             Command::Listen(listener) => self.listen(listener),
             Command::CloseNbd => {
                 self.listeners.clear();
@@ -321,6 +337,11 @@ impl Owner {
             Effect::Reply { id, result } => self.requests.reply(id, result),
             Effect::Propose { expect, change } => {
                 self.say(DatapathEvent::Propose { expect, change });
+            }
+            Effect::OrderDone { id, result } => {
+                if let Some(done) = self.orders.remove(&id) {
+                    done(result);
+                }
             }
             Effect::Event(event) => self.heard(event),
         }

@@ -228,6 +228,15 @@ impl Engine {
         }
     }
 
+    /// Whether a link to a peer would be of use: not while an operator or a decision keeps them apart.
+    #[must_use]
+    pub fn wants_link(&self, peer: NodeId) -> bool {
+        match &self.state {
+            State::Ready(machine) => !machine.standalone.contains_key(&peer),
+            _ => true,
+        }
+    }
+
     /// What the engine is doing.
     #[must_use]
     pub fn status(&self) -> EngineStatus {
@@ -371,7 +380,7 @@ impl Failed {
         match input {
             Input::Config(volume) => {
                 let known = self.volume.as_ref();
-                if known.is_none_or(|known| volume.epoch > known.epoch) {
+                if known.is_none_or(|known| volume.version > known.version) {
                     self.volume = Some(volume);
                 }
             }
@@ -381,6 +390,10 @@ impl Failed {
                 result: Err(ReplyError::Io),
             }),
             Input::Detach => cx.emit(Effect::Event(VolumeEvent::Detached)),
+            Input::Order { id, .. } => cx.emit(Effect::OrderDone {
+                id,
+                result: Err(format!("its disk is not usable: {}", self.reason)),
+            }),
             Input::Attach
             | Input::LeaseUntil(_)
             | Input::LinkDown { .. }
@@ -406,7 +419,7 @@ impl Parked {
     fn park(&mut self, cx: &mut Cx<'_>, input: Input) -> bool {
         match input {
             Input::Config(volume) => {
-                let newer = |known: &Arc<Volume>| volume.epoch > known.epoch;
+                let newer = |known: &Arc<Volume>| volume.version > known.version;
                 if self.volume.as_ref().is_none_or(newer) {
                     self.volume = Some(volume);
                 }
@@ -431,6 +444,10 @@ impl Parked {
                 result: Err(ReplyError::NotPrimary),
             }),
             Input::Detach => self.detach = true,
+            Input::Order { id, .. } => cx.emit(Effect::OrderDone {
+                id,
+                result: Err("it is not attached yet; ask again".to_owned()),
+            }),
             Input::Attach | Input::Disk { .. } | Input::Demote | Input::Tick => {}
         }
         self.detach

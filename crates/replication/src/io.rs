@@ -9,6 +9,8 @@ use relevo_types::{
 };
 use relevo_wire::{Body, Message};
 
+use crate::order::{Order, OrderId};
+
 /// What an engine is told once, when it is made.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
@@ -39,8 +41,8 @@ pub enum Input {
     /// Read the metadata and become ready: the first input. Ends with
     /// [`VolumeEvent::Attached`] or [`VolumeEvent::DiskFailed`].
     Attach,
-    /// The volume's configuration as committed in the control log; newest wins, older and equal
-    /// ones are ignored.
+    /// The volume's configuration as committed in the control log; the newest version wins, older and
+    /// equal ones are ignored.
     Config(Arc<Volume>),
     /// Reads may be served until then by this node's lease (DESIGN, rule 8).
     LeaseUntil(Time),
@@ -81,6 +83,13 @@ pub enum Input {
     /// Detach cleanly: flush, write the bitmap, mark the metadata clean. Ends with
     /// [`VolumeEvent::Detached`].
     Detach,
+    /// An operator's order. Answered by one [`Effect::OrderDone`].
+    Order {
+        /// Chosen by the caller.
+        id: OrderId,
+        /// The order.
+        order: Order,
+    },
     /// Nothing happened but the time; due at [`crate::Engine::deadline`].
     Tick,
 }
@@ -196,6 +205,13 @@ pub enum Effect {
         /// The change.
         change: VolumeChange,
     },
+    /// An operator's order was obeyed, or why not.
+    OrderDone {
+        /// The order.
+        id: OrderId,
+        /// Done, or the reason.
+        result: Result<(), String>,
+    },
     /// Something that status, logs and the rest of the node want to know.
     Event(VolumeEvent),
 }
@@ -256,6 +272,8 @@ pub enum PeerState {
     /// No link.
     #[default]
     Connecting,
+    /// No link, and none is wanted until an operator connects again.
+    StandAlone,
     /// A link, nothing to do on it.
     Connected,
     /// The peer gets what it lacks; `dirty` blocks of 4 KiB are left.

@@ -25,6 +25,7 @@ mod link;
 mod machine;
 mod metadata;
 mod ops;
+mod order;
 mod primary;
 mod promotion;
 mod proposals;
@@ -39,3 +40,4 @@ pub use io::{
     AppRequest, DiskError, DiskOp, DiskOpKind, DiskReply, DiskState, Effect, EngineConfig,
     EngineStatus, Input, OpId, PeerState, ReplyError, RequestId, VolumeEvent,
 };
+pub use order::{Order, OrderId};

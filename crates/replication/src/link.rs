@@ -66,6 +66,10 @@ impl Machine {
         if self.detach.is_some() {
             return;
         }
+        if let Some(reason) = self.standalone.get(&peer).cloned() {
+            self.refuse(cx, peer, Refusal::StandAlone { reason });
+            return;
+        }
         self.last_link += 1;
         let link = Link {
             number: self.last_link,

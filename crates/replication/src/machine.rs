@@ -61,6 +61,10 @@ pub(crate) struct Machine {
     /// Ids of flushes, resync writes and barriers; never used twice.
     pub(crate) last_id: u64,
     pub(crate) told_peers: BTreeMap<NodeId, PeerState>,
+    /// An operator suspended I/O: requests wait.
+    pub(crate) suspended: bool,
+    /// Peers that there shall be no link to, and why.
+    pub(crate) standalone: BTreeMap<NodeId, String>,
 }
 
 /// What this node is for the volume.
@@ -122,6 +126,8 @@ impl Machine {
             failed: None,
             last_id: 0,
             told_peers: BTreeMap::new(),
+            suspended: false,
+            standalone: BTreeMap::new(),
         }
     }
 
@@ -137,6 +143,7 @@ impl Machine {
             Input::Request { id, request } => self.request_arrived(cx, id, request),
             Input::Demote => self.stepping_down |= !matches!(self.role, Role::Secondary),
             Input::Detach => self.detach_asked(cx),
+            Input::Order { id, order } => self.order_arrived(cx, id, order),
         }
         self.settle(cx);
     }

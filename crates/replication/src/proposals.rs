@@ -107,7 +107,13 @@ impl Machine {
             return;
         }
         let known = self.volume.as_ref();
-        if known.is_some_and(|known| volume.epoch <= known.epoch) {
+        if known.is_some_and(|known| volume.version <= known.version) {
+            return;
+        }
+        if known.is_some_and(|known| volume.epoch == known.epoch) {
+            // Only what the administrator chose, or a replica that is not in the set.
+            self.volume = Some(volume);
+            self.use_slots(self.other_slots());
             return;
         }
         let new_reign = known.is_none_or(|known| known.primary != volume.primary);

@@ -156,12 +156,13 @@ impl Machine {
     }
 
     fn has_room(&self) -> bool {
-        self.primary().is_some_and(|primary| {
-            let open = primary.last_seq.0 - primary.complete.0;
-            self.gate.len() < JOBS_MAX
-                && open + (JOBS_MAX as u64) < WINDOW_MAX
-                && primary.write_bytes < WRITE_BYTES_MAX
-        })
+        !self.suspended
+            && self.primary().is_some_and(|primary| {
+                let open = primary.last_seq.0 - primary.complete.0;
+                self.gate.len() < JOBS_MAX
+                    && open + (JOBS_MAX as u64) < WINDOW_MAX
+                    && primary.write_bytes < WRITE_BYTES_MAX
+            })
     }
 
     fn start_request(&mut self, cx: &mut Cx<'_>, id: RequestId) {

@@ -47,12 +47,15 @@ impl Machine {
             .collect()
     }
 
-    fn other_replicas(&self) -> impl Iterator<Item = NodeId> + '_ {
+    pub(crate) fn other_replicas(&self) -> impl Iterator<Item = NodeId> + '_ {
         let replicas = self.volume.iter().flat_map(|volume| volume.replicas.keys());
         replicas.copied().filter(|node| *node != self.node())
     }
 
     fn peer_state(&self, peer: NodeId) -> PeerState {
+        if self.standalone.contains_key(&peer) {
+            return PeerState::StandAlone;
+        }
         let Some(link) = self.links.get(&peer) else {
             return PeerState::Connecting;
         };
@@ -141,6 +144,9 @@ impl Machine {
             ));
         } else if let Some(flush) = primary.flushes.values().next() {
             words.push(format!("a flush everywhere, since {:?}", flush.since));
+        }
+        if self.suspended {
+            words.push("an operator to resume I/O (`relevo resume-io`)".to_owned());
         }
         if self.requests.parked() > 0 {
             words.push(format!(

@@ -422,6 +422,15 @@ impl Cluster {
         self.volumes.end_export_by_hand(volume).await
     }
 
+    /// Gives an order to this node's replica of a volume.
+    pub(crate) async fn order_replica(
+        &self,
+        volume: VolumeId,
+        order: relevo_replication::Order,
+    ) -> Result<(), String> {
+        self.volumes.order_replica(volume, order).await
+    }
+
     /// Tells the engine to step down.
     pub(crate) fn demote(&self, volume: VolumeId) -> Result<(), String> {
         self.volumes.demote(volume)

@@ -199,6 +199,12 @@ pub enum Refusal {
         /// What failed.
         reason: String,
     },
+    /// The sender shall have no link to the receiver until it is told otherwise.
+    #[error("it stands alone: {reason}")]
+    StandAlone {
+        /// Who or what decided that, and why.
+        reason: String,
+    },
     /// The receiver broke the protocol.
     #[error("protocol error: {reason}")]
     Protocol {

@@ -225,6 +225,8 @@ pub(crate) mod tests {
             primary: primary.map(NodeId),
             in_sync: in_sync.iter().copied().map(NodeId).collect::<BTreeSet<_>>(),
             replicas: BTreeMap::new(),
+            options: relevo_types::cluster::VolumeOptions::default(),
+            version: epoch,
         }
     }
 

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 /// Every mark, with what it stands for. Asserted over a batch.
 pub const ALL: &[&str] = &[
     "a write was acknowledged",
+    "an operator suspended I/O",
+    "an operator disconnected a replica",
     "a read was held while the lease was over",
     "an unflushed write was lost with the power",
     "activity log: a region was evicted",

@@ -36,6 +36,8 @@ pub enum Fault {
     Restart,
     /// An operator asks for the service to be on another node. Layer 2 only.
     MoveService,
+    /// An operator suspends I/O or disconnects a replica for a while.
+    Orders,
 }
 
 impl Fault {
@@ -56,6 +58,7 @@ impl Fault {
         Self::LogAway,
         Self::Switchover,
         Self::Restart,
+        Self::Orders,
     ];
 }
 

@@ -3,6 +3,7 @@
 mod cluster;
 mod daemon;
 mod events;
+mod order;
 mod role;
 mod service;
 mod status;
@@ -11,7 +12,7 @@ mod volume;
 use std::{future::Future, io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Subcommand};
-use relevo_server::api::Done;
+use relevo_server::api::{Done, OrderRequest};
 use serde::Serialize;
 
 use crate::{CliError, Client};
@@ -58,6 +59,14 @@ pub enum Verb {
     Primary(role::RoleArgs),
     /// Make this node secondary of a volume by hand
     Secondary(role::RoleArgs),
+    /// Let requests to a volume wait, on this node
+    SuspendIo(order::OrderArgs),
+    /// Let requests to a volume go on
+    ResumeIo(order::OrderArgs),
+    /// End the link of this node's replica to another one, and have none: StandAlone
+    Disconnect(order::PeerArgs),
+    /// Link this node's replica to the others again
+    Connect(order::PeerArgs),
     /// Move every service off a node and let none come back
     Standby(role::StandbyArgs),
     /// Let services come to a node again
@@ -94,6 +103,20 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         Verb::Service(verb) => block_on(service::run(&context, verb)),
         Verb::Primary(args) => block_on(role::primary(&context, args)),
         Verb::Secondary(args) => block_on(role::secondary(&context, args)),
+        Verb::SuspendIo(args) => {
+            block_on(order::give(&context, &args.volume, OrderRequest::SuspendIo))
+        }
+        Verb::ResumeIo(args) => {
+            block_on(order::give(&context, &args.volume, OrderRequest::ResumeIo))
+        }
+        Verb::Disconnect(args) => {
+            let request = OrderRequest::Disconnect { node: args.node };
+            block_on(order::give(&context, &args.volume, request))
+        }
+        Verb::Connect(args) => {
+            let request = OrderRequest::Connect { node: args.node };
+            block_on(order::give(&context, &args.volume, request))
+        }
         Verb::Standby(args) => block_on(role::standby(&context, args, true)),
         Verb::Unstandby(args) => block_on(role::standby(&context, args, false)),
     };

@@ -3,7 +3,9 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Args, Subcommand};
-use relevo_server::api::{CreateVolumeRequest, ReplicaRequest};
+use relevo_server::api::{
+    ApiError, CreateVolumeRequest, ErrorKind, ReplicaRequest, SetOptionsRequest, VolumeStatus,
+};
 use relevo_types::size::parse_size;
 
 use super::Context;
@@ -16,6 +18,19 @@ pub enum VolumeVerb {
     Create(CreateArgs),
     /// List the volumes
     List,
+    /// Choose how a volume behaves: `relevo volume set mail on-io-error=pass_on`
+    Set {
+        /// Name of the volume
+        name: String,
+        /// Options, named as in drbd.conf
+        #[arg(required = true, value_name = "OPTION=VALUE", value_parser = parse_option)]
+        options: Vec<(String, String)>,
+    },
+    /// Show what was chosen for a volume
+    Options {
+        /// Name of the volume
+        name: String,
+    },
     /// Remove a volume and its data on every node
     Remove {
         /// Name of the volume
@@ -57,11 +72,47 @@ pub(super) async fn run(context: &Context, verb: VolumeVerb) -> Result<ExitCode,
             context.print(&volumes, |volumes| render::volume_list(volumes))?;
             Ok(ExitCode::SUCCESS)
         }
+        VolumeVerb::Set { name, options } => {
+            let request = SetOptionsRequest { options };
+            let done = context.client.set_options(&name, &request).await?;
+            context.print_done(&done)
+        }
+        VolumeVerb::Options { name } => {
+            let volume = find(context, &name).await?;
+            context.print(&volume.options, |options| {
+                let lines = options
+                    .iter()
+                    .map(|(key, value)| format!("{key}={value}\n"));
+                lines.collect()
+            })?;
+            Ok(ExitCode::SUCCESS)
+        }
         VolumeVerb::Remove { name } => {
             let done = context.client.remove_volume(&name).await?;
             context.print_done(&done)
         }
     }
+}
+
+/// The volume of that name, as the daemon sees it.
+pub(super) async fn find(context: &Context, name: &str) -> Result<VolumeStatus, CliError> {
+    let volumes = context.client.volumes().await?;
+    let found = volumes.into_iter().find(|volume| volume.name == name);
+    found.ok_or_else(|| {
+        CliError::Api(ApiError::new(
+            ErrorKind::NotFound,
+            "nothing was done",
+            format!("there is no volume `{name}`"),
+            "`relevo volume list` lists them",
+        ))
+    })
+}
+
+fn parse_option(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text
+        .split_once('=')
+        .ok_or("write OPTION=VALUE, on-io-error=detach say")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
 fn parse_replica(text: &str) -> Result<ReplicaRequest, String> {

@@ -157,6 +157,7 @@ impl Owner {
             .replicas
             .keys()
             .filter(|node| **node != self.config.node && !self.link_of.contains_key(node))
+            .filter(|node| self.engine.wants_link(**node))
             .copied()
             .collect();
         for peer in missing {
@@ -172,7 +173,7 @@ impl Owner {
     pub(super) fn asks(&self) -> impl Iterator<Item = Time> {
         self.ask_link_at
             .iter()
-            .filter(|(peer, _)| !self.link_of.contains_key(peer))
+            .filter(|(peer, _)| !self.link_of.contains_key(peer) && self.engine.wants_link(**peer))
             .map(|(_, at)| *at)
     }
 

@@ -3,6 +3,7 @@
 mod disk;
 mod knowledge;
 mod nonsense;
+mod orders;
 mod scenarios;
 mod storm;
 mod world;

@@ -10,8 +10,8 @@ use std::{
 use bytes::Bytes;
 use relevo_format::{Identity, Layout, Replica, create};
 use relevo_replication::{
-    AppRequest, DiskError, DiskOp, Effect, Engine, EngineConfig, EngineStatus, Input, ReplyError,
-    RequestId, VolumeEvent, lab::Lab,
+    AppRequest, DiskError, DiskOp, Effect, Engine, EngineConfig, EngineStatus, Input, Order,
+    OrderId, ReplyError, RequestId, VolumeEvent, lab::Lab,
 };
 use relevo_types::{
     BlockRange, ByteRange, ClusterId, Epoch, Instance, LineageId, NodeId, Sensitivity, Time,
@@ -92,6 +92,7 @@ pub(crate) struct World {
     pub(crate) proposals: VecDeque<(NodeId, Epoch, VolumeChange)>,
     pub(crate) replies: BTreeMap<RequestId, Result<Bytes, ReplyError>>,
     last_request: u64,
+    orders: BTreeMap<OrderId, Result<(), String>>,
     pub(crate) random: Random,
     pub(crate) layout: Layout,
     pub(crate) commits: bool,
@@ -183,6 +184,7 @@ impl World {
             proposals: VecDeque::new(),
             replies: BTreeMap::new(),
             last_request: 0,
+            orders: BTreeMap::new(),
             random: Random::new(seed),
             layout,
             commits: true,
@@ -272,6 +274,13 @@ impl World {
 
     pub(crate) fn same(&self, a: NodeId, b: NodeId) -> bool {
         self.differing(a, b).is_empty()
+    }
+
+    /// Gives an order to an engine, which answers at once.
+    pub(crate) fn order(&mut self, id: NodeId, order: Order) -> Result<(), String> {
+        let number = OrderId(self.orders.len() as u64 + 1);
+        self.input(id, Input::Order { id: number, order });
+        self.orders[&number].clone()
     }
 
     pub(crate) fn start(&mut self, id: NodeId) {
@@ -366,6 +375,12 @@ impl World {
                 );
             }
             Effect::Propose { expect, change } => self.proposals.push_back((id, expect, change)),
+            Effect::OrderDone { id, result } => {
+                assert!(
+                    self.orders.insert(id, result).is_none(),
+                    "{id:?} answered twice"
+                );
+            }
             Effect::Event(event) => self.node(id).events.push(event),
         }
     }

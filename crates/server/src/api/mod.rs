@@ -12,9 +12,9 @@ pub mod status;
 pub use error::{ApiError, ErrorKind};
 pub use request::{
     AddressRequest, CreateServiceRequest, CreateVolumeRequest, Done, InitAnswer, InitRequest,
-    JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest, PartRequest,
-    PathRequest, ProcessRequest, ReplicaRequest, StandbyRequest, TokenAnswer, TokenRequest,
-    VolumePartRequest,
+    JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest, OrderRequest,
+    PartRequest, PathRequest, ProcessRequest, ReplicaRequest, SetOptionsRequest, StandbyRequest,
+    TokenAnswer, TokenRequest, VolumePartRequest,
 };
 pub use status::{
     ClusterStatus, DaemonStatus, Event, EventKind, EventLevel, FailureStatus, Health, LeaseStatus,

@@ -133,6 +133,36 @@ pub struct ReplicaRequest {
     pub backing: Option<PathBuf>,
 }
 
+/// `POST /v1/volumes/{name}/options`
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetOptionsRequest {
+    /// Options with their new values; the others stay.
+    pub options: Vec<(String, String)>,
+}
+
+/// `POST /v1/volumes/{name}/order`: an order to the replica on the node that is asked.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum OrderRequest {
+    /// Let requests wait.
+    SuspendIo,
+    /// Let them go on.
+    ResumeIo,
+    /// Have no link to a peer.
+    Disconnect {
+        /// Name of the peer; `None`: all.
+        #[serde(default)]
+        node: Option<String>,
+    },
+    /// Have one again.
+    Connect {
+        /// Name of the peer; `None`: all.
+        #[serde(default)]
+        node: Option<String>,
+    },
+}
+
 /// `POST /v1/services`, and the content of a service file.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -16,8 +16,9 @@ use tokio::sync::broadcast;
 
 use super::{
     ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done, ErrorKind, Event,
-    InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, ServiceStatus,
-    StandbyRequest, Status, TokenAnswer, TokenRequest, VolumeStatus,
+    InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, OrderRequest,
+    ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer, TokenRequest,
+    VolumeStatus,
 };
 use crate::app::App;
 
@@ -40,6 +41,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}", delete(remove_volume))
         .route("/v1/volumes/{name}/primary", post(make_primary))
         .route("/v1/volumes/{name}/secondary", post(make_secondary))
+        .route("/v1/volumes/{name}/options", post(set_options))
+        .route("/v1/volumes/{name}/order", post(order))
         .route("/v1/services", get(services).post(create_service))
         .route("/v1/services/{name}", delete(remove_service))
         .route("/v1/services/{name}/start", post(start_service))
@@ -126,6 +129,26 @@ async fn make_primary(State(app): State<Arc<App>>, Path(name): Path<String>) -> 
 async fn make_secondary(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
     let cluster = app.running()?;
     to_the_end(async move { cluster.make_secondary(&name).await }).await
+}
+
+async fn set_options(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: SetOptionsRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.set_volume_options(&name, &request.options).await }).await
+}
+
+async fn order(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: OrderRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.order_volume(&name, request).await }).await
 }
 
 async fn create_service(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<Done> {

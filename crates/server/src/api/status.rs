@@ -3,6 +3,7 @@
 //! Nodes, volumes and services appear by name. Moments are milliseconds since 1970 by the clock of
 //! the machine that answers, only for people to read.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use relevo_types::{Sensitivity, cluster::NodeKind};
@@ -152,6 +153,8 @@ pub struct VolumeStatus {
     pub in_sync: Vec<String>,
     /// Replicas.
     pub replicas: Vec<ReplicaStatus>,
+    /// What the administrator chose, or the defaults.
+    pub options: BTreeMap<String, String>,
     /// Block device on the answering node.
     pub device: Option<PathBuf>,
     /// NBD socket on the answering node.

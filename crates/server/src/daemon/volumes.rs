@@ -13,7 +13,7 @@ use relevo_control::RaftControl;
 use relevo_datapath::{NbdAddress, VolumeHandle, VolumeStatus};
 use relevo_disk::DriverChoice;
 use relevo_node::VolumeOrder;
-use relevo_replication::{DiskState, EngineConfig, EngineStatus};
+use relevo_replication::{DiskState, EngineConfig, EngineStatus, Order};
 use relevo_transport::EstablishedLink;
 use relevo_types::{ClusterId, Instance, NodeId, Time, Timing, VolumeId};
 use tokio::runtime::Handle;
@@ -32,6 +32,9 @@ const OPEN_WAIT: Duration = Duration::from_secs(15);
 
 /// How long `volume create` waits for the first attachment, which takes milliseconds.
 const ATTACH_WAIT: Duration = Duration::from_secs(5);
+
+/// How long an order may take.
+const ORDER_WAIT: Duration = Duration::from_secs(10);
 
 /// How often these look.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -265,6 +268,27 @@ impl Volumes {
         }
         self.order(volume, VolumeOrder::Demote);
         Ok(())
+    }
+
+    /// Gives an order to the engine of a replica, and waits until it obeyed.
+    pub(crate) async fn order_replica(&self, volume: VolumeId, order: Order) -> Result<(), String> {
+        let Some(live) = self.shared.live(volume) else {
+            return Err("its replica is not attached here".to_owned());
+        };
+        let (done, answer) = tokio::sync::oneshot::channel();
+        let done = Box::new(move |result| {
+            // Whoever asked may have hung up.
+            drop(done.send(result));
+        });
+        let gone = "the volume's thread has ended";
+        live.handle.order(order, done).map_err(|_| gone)?;
+        match tokio::time::timeout(ORDER_WAIT, answer).await {
+            Ok(answer) => answer.unwrap_or_else(|_| Err(gone.to_owned())),
+            Err(_) => Err(format!(
+                "it did not answer within {} s",
+                ORDER_WAIT.as_secs()
+            )),
+        }
     }
 
     /// This node's replicas for `status`.

@@ -240,6 +240,12 @@ impl Sources<'_> {
                 .iter()
                 .map(|(node, replica)| self.replica(volume, *node, replica, teller))
                 .collect(),
+            options: volume
+                .options
+                .list(self.state)
+                .into_iter()
+                .map(|(key, value)| (key.to_owned(), value))
+                .collect(),
             device: mine.and_then(|local| local.device.clone()),
             nbd: mine.and_then(|local| local.nbd.clone()),
             wait: waiting,

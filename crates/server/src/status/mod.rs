@@ -175,6 +175,7 @@ pub(crate) async fn collect(
 const fn peer_state(state: PeerState) -> &'static str {
     match state {
         PeerState::Connecting => "Connecting",
+        PeerState::StandAlone => "StandAlone",
         PeerState::Connected => "Connected",
         PeerState::SyncSource { .. } => "SyncSource",
         PeerState::SyncTarget => "SyncTarget",
@@ -186,6 +187,7 @@ pub(crate) const fn dirty_blocks(state: PeerState) -> Option<u64> {
     match state {
         PeerState::SyncSource { dirty } => Some(dirty),
         PeerState::Connecting
+        | PeerState::StandAlone
         | PeerState::Connected
         | PeerState::SyncTarget
         | PeerState::Established => None,

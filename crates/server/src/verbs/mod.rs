@@ -2,6 +2,7 @@
 //! until what was asked for is there or can't come.
 
 mod node;
+mod order;
 mod service;
 mod volume;
 

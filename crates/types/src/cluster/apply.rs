@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{
     ClusterState, Command, FailureRecord, LeaseStanding, Node, NodeKind, NodeSpec, Outcome, Part,
     Proof, Rejection, Replica, ReplicaSpec, ReplicaStanding, Service, ServiceSpec, Volume,
-    VolumeChange,
+    VolumeChange, VolumeOptions,
 };
 use crate::{
     BLOCK_SIZE, Epoch, LeaseGeneration, LineageId, NodeId, ReplicaSlot, ServiceId, VolumeId,
@@ -93,6 +93,11 @@ impl ClusterState {
                 reason,
             } => self.replica_created(*volume, *node, ReplicaStanding::Failed(reason.clone())),
             Command::RemoveVolume { volume } => self.remove_volume(*volume),
+            Command::SetVolumeOptions {
+                volume,
+                expect,
+                options,
+            } => self.set_volume_options(*volume, *expect, options),
             Command::Volume {
                 volume,
                 expect,
@@ -272,6 +277,7 @@ impl ClusterState {
         {
             volume.primary = None;
             volume.epoch = volume.epoch.next();
+            volume.version += 1;
         }
         for service in self
             .services
@@ -333,6 +339,8 @@ impl ClusterState {
             primary: None,
             in_sync: BTreeSet::new(),
             replicas,
+            options: VolumeOptions::default(),
+            version: 1,
         };
         self.volumes.insert(id, volume);
         Ok(Outcome::Volume(id))
@@ -353,6 +361,7 @@ impl ClusterState {
             return Ok(Outcome::Epoch(volume.epoch));
         }
         replica.standing = standing;
+        volume.version += 1;
         let all_ready = volume
             .replicas
             .values()
@@ -366,6 +375,24 @@ impl ClusterState {
                 .for_each(|replica| replica.joined = Epoch(1));
         }
         Ok(Outcome::Epoch(volume.epoch))
+    }
+
+    fn set_volume_options(
+        &mut self,
+        id: VolumeId,
+        expect: u64,
+        options: &VolumeOptions,
+    ) -> Applied {
+        let volume = self.volume_mut(id)?;
+        if volume.version != expect {
+            return Err(Rejection::StaleVersion {
+                expected: expect,
+                actual: volume.version,
+            });
+        }
+        volume.options = options.clone();
+        volume.version += 1;
+        Ok(Outcome::Done)
     }
 
     fn remove_volume(&mut self, id: VolumeId) -> Applied {
@@ -450,6 +477,7 @@ impl ClusterState {
             }
         }
         volume.epoch = epoch;
+        volume.version += 1;
         Ok(Outcome::Epoch(epoch))
     }
 

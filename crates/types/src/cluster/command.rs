@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{JoinToken, NodeKind, NodeSpec, ReplicaSpec, ServiceSpec};
+use super::{JoinToken, NodeKind, NodeSpec, ReplicaSpec, ServiceSpec, VolumeOptions};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
 };
@@ -102,6 +102,15 @@ pub enum Command {
     RemoveVolume {
         /// The volume.
         volume: VolumeId,
+    },
+    /// Changes what the administrator chose for a volume.
+    SetVolumeOptions {
+        /// The volume.
+        volume: VolumeId,
+        /// The version that the proposer knows.
+        expect: u64,
+        /// All options.
+        options: VolumeOptions,
     },
     /// Changes a volume's configuration by compare-and-swap on its epoch.
     Volume {
@@ -276,6 +285,8 @@ pub enum Rejection {
     BadReplicas { why: String },
     #[error("the volume is at epoch {actual}, not {expected}: someone else changed it first")]
     StaleEpoch { expected: Epoch, actual: Epoch },
+    #[error("the volume is at version {actual}, not {expected}: someone else changed it first")]
+    StaleVersion { expected: u64, actual: u64 },
     #[error("the volume is not created yet; `relevo volume list` shows which replica is missing")]
     NotCreated,
     #[error(

@@ -6,12 +6,14 @@
 
 mod apply;
 mod command;
+pub mod options;
 mod service;
 mod state;
 #[cfg(test)]
 mod tests;
 
 pub use command::{Command, Outcome, Proof, Rejection, VolumeChange};
+pub use options::VolumeOptions;
 pub use service::{
     AddressPart, FailureRecord, MountPart, Part, ProcessPart, Service, ServiceSpec, VolumePart,
 };

@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::Service;
+use super::{Service, VolumeOptions};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, ReplicaSlot, Sensitivity, ServiceId,
     VolumeId,
@@ -154,6 +154,10 @@ pub struct Volume {
     pub in_sync: BTreeSet<NodeId>,
     /// All replicas, by node.
     pub replicas: BTreeMap<NodeId, Replica>,
+    /// What the administrator chose.
+    pub options: VolumeOptions,
+    /// Grows with every change of anything above, also where the epoch stays.
+    pub version: u64,
 }
 
 /// What the administrator asks of a replica.

@@ -331,3 +331,23 @@ fn a_command_survives_its_encoding() {
     let bytes = postcard::to_stdvec(&command).unwrap();
     assert_eq!(postcard::from_bytes::<Command>(&bytes), Ok(command));
 }
+
+#[test]
+fn options_change_by_version_and_the_epoch_stays() {
+    let mut state = with_volume();
+    let volume = state.volumes[&V].clone();
+    let mut options = volume.options.clone();
+    options.set(&state, "on-no-quorum", "io-error").unwrap();
+    let command = Command::SetVolumeOptions {
+        volume: V,
+        expect: volume.version,
+        options: options.clone(),
+    };
+    state.apply(&command).unwrap();
+    let changed = &state.volumes[&V];
+    assert_eq!(changed.options, options);
+    assert_eq!(changed.epoch, volume.epoch);
+    assert_eq!(changed.version, volume.version + 1);
+    let again = state.apply(&command).unwrap_err();
+    assert!(matches!(again, Rejection::StaleVersion { .. }), "{again}");
+}

@@ -36,6 +36,7 @@ const REFUSE_STALE_EPOCH: u8 = 0;
 const REFUSE_OTHER_LINEAGE: u8 = 1;
 const REFUSE_DISK: u8 = 2;
 const REFUSE_PROTOCOL: u8 = 3;
+const REFUSE_STAND_ALONE: u8 = 4;
 
 /// The longest text of a refusal; longer ones are cut. They are for a person's log.
 const MAX_REASON_BYTES: usize = 1024;
@@ -203,6 +204,10 @@ fn put_refusal(out: &mut BytesMut, refusal: &Refusal) {
         }
         Refusal::Protocol { reason } => {
             out.put_u8(REFUSE_PROTOCOL);
+            put_reason(out, reason);
+        }
+        Refusal::StandAlone { reason } => {
+            out.put_u8(REFUSE_STAND_ALONE);
             put_reason(out, reason);
         }
     }
@@ -429,6 +434,9 @@ impl Fields<'_> {
                 reason: self.reason()?,
             },
             REFUSE_PROTOCOL => Refusal::Protocol {
+                reason: self.reason()?,
+            },
+            REFUSE_STAND_ALONE => Refusal::StandAlone {
                 reason: self.reason()?,
             },
             _ => return Err(self.malformed("it refuses for an unknown reason")),

@@ -193,6 +193,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
             theirs: LineageId(theirs)
         }),
         "\\PC{0,80}".prop_map(|reason| Refusal::Disk { reason }),
+        "\\PC{0,80}".prop_map(|reason| Refusal::StandAlone { reason }),
         "\\PC{0,80}".prop_map(|reason| Refusal::Protocol { reason }),
     ]
 }

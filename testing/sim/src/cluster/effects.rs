@@ -152,6 +152,7 @@ impl Cluster {
                 self.propose(node, crate::control::volume_command(expect, change));
                 Ok(())
             }
+            Effect::OrderDone { .. } => Ok(()),
             Effect::Event(event) => self.volume_event(node, event),
         }
     }
@@ -485,6 +486,7 @@ fn effect_words(effect: &Effect) -> String {
         },
         Effect::Propose { expect, change } => format!("propose {change:?} at {expect}"),
         Effect::Event(event) => format!("{event:?}"),
+        Effect::OrderDone { id, result } => format!("order {} {result:?}", id.0),
         Effect::CloseLink { peer, reason } => format!("close link to {peer}: {reason}"),
     }
 }

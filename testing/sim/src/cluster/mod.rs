@@ -10,6 +10,7 @@ mod govern;
 mod load;
 mod machine;
 mod managed;
+mod operator;
 mod trouble;
 mod verify;
 
@@ -106,6 +107,11 @@ enum Event {
     Resume(Index),
     /// Directions of the network heal.
     Heal(Vec<(Plane, Index, Index)>),
+    /// An operator gives an order to an engine.
+    Order {
+        node: Index,
+        order: relevo_replication::Order,
+    },
     /// The workload holds back for a moment.
     Hush,
     /// The workload goes on.
@@ -160,6 +166,7 @@ pub struct Cluster {
     compared: bool,
     /// Failed disks are being repaired.
     repairing: bool,
+    last_order: u64,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
     /// A part or a disk failed: a person has to say `service start` after the repair. Layer 2.
@@ -261,6 +268,7 @@ impl Cluster {
             quiet_since: Time::ZERO,
             compared: false,
             repairing: false,
+            last_order: 0,
             target: None,
             person_needed: false,
             leader: None,
@@ -437,6 +445,7 @@ impl Cluster {
             Event::Trouble => self.trouble(),
             Event::Start(node) => self.start(node),
             Event::Resume(node) => self.resume(node),
+            Event::Order { node, order } => self.order(node, order),
             Event::Heal(directions) => {
                 for (plane, from, to) in directions {
                     self.net.set_open(plane, from, to, true);

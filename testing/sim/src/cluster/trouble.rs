@@ -84,6 +84,7 @@ impl Cluster {
             }
             Fault::Switchover => return self.switchover(),
             Fault::Restart => return self.restart(data),
+            Fault::Orders => return self.give_orders(data),
             Fault::MoveService => self.move_service(data),
         }
         Ok(())

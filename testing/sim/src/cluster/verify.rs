@@ -43,6 +43,7 @@ impl Cluster {
             }
         }
         self.look_at_all_queues();
+        self.end_orders();
         for node in 0..nodes {
             if self.machines[node].paused_until.is_some() {
                 self.machines[node].paused_until = Some(now);

@@ -1,0 +1,71 @@
+//! What an operator tells an engine: it is obeyed or refused with a reason, and answered once.
+
+use relevo_types::NodeId;
+
+use crate::{io::Effect, machine::Machine, ops::Cx};
+
+/// An order under way.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct OrderId(pub u64);
+
+/// What an operator tells an engine. It lasts until the engine ends, or the opposite is told.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// Take no further request to the disk; those that come wait.
+    SuspendIo,
+    /// End [`Self::SuspendIo`].
+    ResumeIo,
+    /// Have no link to a peer, or to any: `StandAlone`.
+    Disconnect {
+        /// The peer; `None`: all.
+        peer: Option<NodeId>,
+    },
+    /// End [`Self::Disconnect`].
+    Connect {
+        /// The peer; `None`: all.
+        peer: Option<NodeId>,
+    },
+}
+
+impl Machine {
+    pub(crate) fn order_arrived(&mut self, cx: &mut Cx<'_>, id: OrderId, order: Order) {
+        let result = self.obey(cx, order);
+        cx.emit(Effect::OrderDone { id, result });
+    }
+
+    fn obey(&mut self, cx: &mut Cx<'_>, order: Order) -> Result<(), String> {
+        match order {
+            Order::SuspendIo => self.suspended = true,
+            Order::ResumeIo => self.suspended = false,
+            Order::Disconnect { peer } => {
+                for peer in self.peers_named(peer)? {
+                    let why = "an operator disconnected it";
+                    self.stand_alone(cx, peer, why.to_owned());
+                }
+            }
+            Order::Connect { peer } => {
+                for peer in self.peers_named(peer)? {
+                    self.standalone.remove(&peer);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The peers that an order is about.
+    fn peers_named(&self, peer: Option<NodeId>) -> Result<Vec<NodeId>, String> {
+        match peer {
+            None => Ok(self.other_replicas().collect()),
+            Some(peer) if self.other_replicas().any(|other| other == peer) => Ok(vec![peer]),
+            Some(peer) => Err(format!("{peer} has no other replica of the volume")),
+        }
+    }
+
+    /// Ends the link to a peer and has none until told otherwise.
+    pub(crate) fn stand_alone(&mut self, cx: &mut Cx<'_>, peer: NodeId, why: String) {
+        self.standalone.insert(peer, why.clone());
+        if self.links.contains_key(&peer) {
+            self.refuse(cx, peer, relevo_wire::Refusal::StandAlone { reason: why });
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Orders of an operator.
+
+use relevo_replication::{Order, PeerState};
+use relevo_types::NodeId;
+
+use crate::world::{A, B, C, World};
+
+#[test]
+fn suspended_requests_wait_and_go_on() {
+    let mut world = World::opened(2, 1024, A);
+    world.order(A, Order::SuspendIo).unwrap();
+    let write = world.write(A, 0, 1, 9);
+    world.pass_ms(2000);
+    assert!(!world.is_acked(write));
+    let waiting = world.status(A).waiting.unwrap();
+    assert!(waiting.contains("resume-io"), "{waiting}");
+    world.order(A, Order::ResumeIo).unwrap();
+    world.pass_ms(10);
+    assert!(world.is_acked(write));
+    assert_eq!(world.status(A).waiting, None);
+}
+
+#[test]
+fn a_disconnected_replica_stays_alone_until_it_is_connected() {
+    let mut world = World::opened(3, 1024, A);
+    world.order(A, Order::Disconnect { peer: Some(B) }).unwrap();
+    world.pass_ms(10);
+    assert_eq!(world.status(A).peers[&B], PeerState::StandAlone);
+    assert_eq!(world.status(A).peers[&C], PeerState::Established);
+    let write = world.write(A, 0, 1, 9);
+    world.pass_ms(10);
+    assert!(world.is_acked(write), "B has left the set");
+    for _ in 0..3 {
+        world.connect(A, B);
+        world.pass_ms(100);
+    }
+    assert_eq!(world.status(A).peers[&B], PeerState::StandAlone);
+    assert!(!world.volume().in_sync.contains(&B));
+
+    world.order(A, Order::Connect { peer: None }).unwrap();
+    world.connect(A, B);
+    world.pass_ms(100);
+    assert_eq!(world.status(A).peers[&B], PeerState::Established);
+    assert!(world.volume().in_sync.contains(&B));
+    assert!(world.same(A, B));
+}
+
+#[test]
+fn orders_that_cannot_be_are_refused_with_a_reason() {
+    let mut world = World::opened(2, 1024, A);
+    let peer = Some(NodeId(7));
+    let error = world.order(A, Order::Disconnect { peer }).unwrap_err();
+    assert!(error.contains("no other replica"), "{error}");
+    let error = world
+        .order(A, Order::Connect { peer: Some(A) })
+        .unwrap_err();
+    assert!(error.contains("no other replica"), "{error}");
+}

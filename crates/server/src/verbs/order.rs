@@ -1,0 +1,137 @@
+//! What an administrator chooses for a volume, and orders to this node's replica of it.
+
+use relevo_replication::Order;
+use relevo_types::cluster::{ClusterState, Command, Rejection};
+
+use super::{find_node, find_volume};
+use crate::{
+    api::{ApiError, Done, ErrorKind, OrderRequest},
+    cluster::Cluster,
+    verbs::ProposeFailure,
+};
+
+/// How often options are set anew because the volume was changed meanwhile.
+const TRIES: usize = 10;
+
+impl Cluster {
+    /// Sets options of a volume; all of them or none.
+    pub(crate) async fn set_volume_options(
+        &self,
+        name: &str,
+        changes: &[(String, String)],
+    ) -> Result<Done, ApiError> {
+        let what = format!("the options of volume `{name}` were not changed");
+        if changes.is_empty() {
+            return Err(ApiError::new(
+                ErrorKind::BadRequest,
+                what,
+                "no option was named",
+                format!(
+                    "there are {}",
+                    relevo_types::cluster::options::keys().join(", ")
+                ),
+            ));
+        }
+        let mut outcome = self.try_set_options(name, changes, &what).await?;
+        for _ in 0..TRIES {
+            match outcome {
+                Err(ProposeFailure::Rejected(Rejection::StaleVersion { .. })) => {
+                    outcome = self.try_set_options(name, changes, &what).await?;
+                }
+                _ => break,
+            }
+        }
+        outcome.map_err(|error| error.explain(&what))?;
+        let words: Vec<String> = changes
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect();
+        Ok(Done {
+            done: format!("Volume {name} has {}.", words.join(", ")),
+        })
+    }
+
+    async fn try_set_options(
+        &self,
+        name: &str,
+        changes: &[(String, String)],
+        what: &str,
+    ) -> Result<Result<(), ProposeFailure>, ApiError> {
+        let state = self.state();
+        let volume = find_volume(&state, name, what)?;
+        let mut options = volume.options.clone();
+        for (key, value) in changes {
+            options.set(&state, key, value).map_err(|error| {
+                ApiError::new(
+                    ErrorKind::BadRequest,
+                    what,
+                    error.to_string(),
+                    format!("`relevo volume options {name}` shows what is in force"),
+                )
+            })?;
+        }
+        let command = Command::SetVolumeOptions {
+            volume: volume.id,
+            expect: volume.version,
+            options,
+        };
+        Ok(self.propose(command).await.map(|_| ()))
+    }
+
+    /// Gives an order to this node's replica.
+    pub(crate) async fn order_volume(
+        &self,
+        name: &str,
+        request: OrderRequest,
+    ) -> Result<Done, ApiError> {
+        let state = self.state();
+        let here = state.node_name(self.me());
+        let what = format!("volume `{name}` on {here} did not obey");
+        let volume = find_volume(&state, name, &what)?;
+        let (order, done) = translate(&state, name, &request, &what)?;
+        self.order_replica(volume.id, order).await.map_err(|why| {
+            ApiError::new(
+                ErrorKind::Refused,
+                what,
+                why,
+                "`relevo status` shows what its replicas are doing",
+            )
+        })?;
+        Ok(Done { done })
+    }
+}
+
+/// The order for the engine, and what is said when it was obeyed.
+fn translate(
+    state: &ClusterState,
+    name: &str,
+    request: &OrderRequest,
+    what: &str,
+) -> Result<(Order, String), ApiError> {
+    let peer = |node: &Option<String>| {
+        let peer = node.as_deref().map(|node| find_node(state, node, what));
+        peer.transpose()
+    };
+    let all = || "the other replicas".to_owned();
+    Ok(match request {
+        OrderRequest::SuspendIo => (
+            Order::SuspendIo,
+            format!("Requests to volume {name} wait here until `relevo resume-io {name}`."),
+        ),
+        OrderRequest::ResumeIo => (Order::ResumeIo, format!("Requests to volume {name} go on.")),
+        OrderRequest::Disconnect { node } => (
+            Order::Disconnect { peer: peer(node)? },
+            format!(
+                "Volume {name} has no link to {} any more, until `relevo connect {name}`.",
+                node.clone().unwrap_or_else(all)
+            ),
+        ),
+        OrderRequest::Connect { node } => (
+            Order::Connect { peer: peer(node)? },
+            format!(
+                "Volume {name} connects to {}.",
+                node.clone().unwrap_or_else(all)
+            ),
+        ),
+    })
+}

@@ -1,0 +1,46 @@
+//! An operator who gives orders to engines, and takes them back.
+
+use std::time::Duration;
+
+use relevo_replication::{Input, Order, OrderId};
+
+use super::{Cluster, Event, node_id};
+use crate::{check::Verdict, net::Index};
+
+impl Cluster {
+    /// Gives an order to an engine, and the opposite one a while later.
+    pub(super) fn give_orders(&mut self, node: Index) -> Verdict {
+        let (order, opposite) = if self.chance.trouble.chance(50.0) {
+            self.marks.reached("an operator suspended I/O");
+            (Order::SuspendIo, Order::ResumeIo)
+        } else {
+            self.marks.reached("an operator disconnected a replica");
+            let peer = self.other_than(node, self.scenario.data_nodes);
+            let peer = self.chance.trouble.chance(60.0).then(|| node_id(peer));
+            (Order::Disconnect { peer }, Order::Connect { peer })
+        };
+        let later = self.chance.trouble.spread_millis(5, 600);
+        let order_later = Event::Order {
+            node,
+            order: opposite,
+        };
+        self.queue.after(later, order_later);
+        self.order(node, order)
+    }
+
+    /// Takes back what any engine was ordered.
+    pub(super) fn end_orders(&mut self) {
+        for node in 0..self.scenario.data_nodes {
+            for order in [Order::ResumeIo, Order::Connect { peer: None }] {
+                self.queue
+                    .after(Duration::ZERO, Event::Order { node, order });
+            }
+        }
+    }
+
+    pub(super) fn order(&mut self, node: Index, order: Order) -> Verdict {
+        self.last_order += 1;
+        let id = OrderId(self.last_order);
+        self.feed(node, Input::Order { id, order })
+    }
+}
