@@ -4,7 +4,7 @@
 use std::{
     fmt,
     io::{self, BufReader, Read, Write},
-    net::{TcpStream, ToSocketAddrs as _},
+    net::{Shutdown, TcpStream, ToSocketAddrs as _},
     os::unix::net::UnixStream,
     path::PathBuf,
     str::FromStr,
@@ -133,6 +133,14 @@ impl Client {
         self.pipeline.stream.get_ref().set_timeout(timeout)
     }
 
+    /// What another thread can cut this connection with.
+    ///
+    /// # Errors
+    /// The system's: no descriptor is left.
+    pub fn breaker(&self) -> io::Result<Breaker> {
+        self.pipeline.stream.get_ref().try_clone().map(Breaker)
+    }
+
     /// Reads `buffer.len()` bytes, any number, in requests of at most [`MAX_REQUEST`].
     ///
     /// # Errors
@@ -206,6 +214,23 @@ impl Client {
     /// The connection's.
     pub fn disconnect(self) -> Result<(), ClientError> {
         self.pipeline.disconnect()
+    }
+}
+
+/// Cuts the connection of a [`Client`] that waits for its server, in another thread.
+#[derive(Debug)]
+pub struct Breaker(Stream);
+
+impl Breaker {
+    /// Cuts it: whatever waits on it fails now. One that is closed already stays closed.
+    pub fn cut(&self) {
+        let result = match &self.0 {
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Both),
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Both),
+        };
+        if let Err(error) = result {
+            tracing::trace!(%error, "the connection was gone already");
+        }
     }
 }
 
@@ -539,6 +564,13 @@ impl Stream {
         };
         stream.set_timeout(timeout)?;
         Ok(stream)
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
+        })
     }
 
     fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {

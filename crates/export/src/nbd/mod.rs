@@ -12,6 +12,6 @@ mod proto;
 mod session;
 mod transmit;
 
-pub use client::{Client, ClientError, Completed, NbdAddr, Op, Pipeline};
+pub use client::{Breaker, Client, ClientError, Completed, NbdAddr, Op, Pipeline};
 pub use proto::MAX_REQUEST;
 pub use session::{CloseReason, Export, NbdRequest, Phase, RequestTag, Session};

@@ -11,7 +11,7 @@ use std::{
 use relevo_transport::{
     DataListener, EstablishedLink, Identity, LinkAdmission, datalink::LinkDialer,
 };
-use relevo_types::{NodeId, VolumeId, cluster::ClusterState};
+use relevo_types::{NodeId, Time, VolumeId, cluster::ClusterState};
 use tokio::{runtime::Handle, sync::watch, task::JoinSet};
 
 use super::volumes::{Volumes, lock};
@@ -24,6 +24,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
 /// a peer is down.
 const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 const BACKOFF_MOST: Duration = Duration::from_millis(500);
+
+/// A link that did not last this long was no success: the next one waits longer than it did. A
+/// peer whose disk failed takes every link and ends it at once.
+const LASTING: Duration = Duration::from_secs(5);
 
 /// A link that had to be made on another path looks this often whether a path that is marked for
 /// replication is back. Long against the short resync that changing paths costs.
@@ -41,6 +45,8 @@ struct Inner {
     volumes: Volumes,
     states: watch::Receiver<Arc<ClusterState>>,
     dialing: Mutex<BTreeSet<(VolumeId, NodeId)>>,
+    /// When each link was last made, and how long that had waited.
+    made: Mutex<BTreeMap<(VolumeId, NodeId), (Time, Duration)>>,
     /// Where each link last went to.
     remotes: Mutex<BTreeMap<(VolumeId, NodeId), IpAddr>>,
     runtime: Handle,
@@ -73,6 +79,7 @@ pub(crate) fn start(
             volumes: volumes.clone(),
             states,
             dialing: Mutex::default(),
+            made: Mutex::default(),
             remotes: Mutex::default(),
             runtime: Handle::current(),
         }),
@@ -160,7 +167,10 @@ async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
 
 /// Dials until there is a link, or none is wanted any more.
 async fn dial(inner: &Inner, volume: VolumeId, peer: NodeId) -> Option<EstablishedLink> {
-    let mut pause = BACKOFF_FIRST;
+    let last = lock(&inner.made).get(&(volume, peer)).copied();
+    let first = first_pause(last, relevo_host::clock::now());
+    tokio::time::sleep(first).await;
+    let mut pause = first.max(BACKOFF_FIRST);
     loop {
         let addresses = {
             let state = inner.states.borrow();
@@ -180,11 +190,25 @@ async fn dial(inner: &Inner, volume: VolumeId, peer: NodeId) -> Option<Establish
             .dial(peer, &addresses, volume, CONNECT_TIMEOUT)
             .await
         {
-            Ok(link) => return Some(link),
+            Ok(link) => {
+                let made = (relevo_host::clock::now(), first);
+                lock(&inner.made).insert((volume, peer), made);
+                return Some(link);
+            }
             Err(error) => tracing::debug!(%error, %volume, "no data link yet"),
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(BACKOFF_MOST);
+    }
+}
+
+/// How long a new link waits, by when the last one was made and how long that had waited.
+fn first_pause(last: Option<(Time, Duration)>, now: Time) -> Duration {
+    match last {
+        Some((made, waited)) if now.since(made) < LASTING => {
+            (waited * 2).clamp(BACKOFF_FIRST, BACKOFF_MOST)
+        }
+        _ => Duration::ZERO,
     }
 }
 
@@ -196,6 +220,24 @@ mod tests {
     };
 
     use super::*;
+
+    /// Found by the disk tests in `crates/relevo/tests/it/breakage`: a peer with a failed disk was
+    /// dialed 600 times a second.
+    #[test]
+    fn links_that_end_at_once_are_made_less_and_less_often() {
+        let mut now = Time(0);
+        let mut last = None;
+        let mut links = 0;
+        while now < Time::ZERO + Duration::from_secs(10) {
+            let pause = first_pause(last, now);
+            now = now + pause + Duration::from_millis(1);
+            last = Some((now, pause));
+            links += 1;
+        }
+        assert!((20..40).contains(&links), "{links}");
+        // One that lasted is replaced at once.
+        assert_eq!(first_pause(last, now + LASTING), Duration::ZERO);
+    }
 
     #[test]
     fn only_replicas_of_a_volume_get_links() {

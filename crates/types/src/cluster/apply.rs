@@ -478,7 +478,21 @@ impl ClusterState {
         }
         volume.epoch = epoch;
         volume.version += 1;
+        if let VolumeChange::Join { node } = change {
+            self.forget_failures(id, *node);
+        }
         Ok(Outcome::Epoch(epoch))
+    }
+
+    /// A node is in sync again: whatever made it give the volume's service up, its disk most of
+    /// all, was repaired meanwhile. Otherwise the next failure elsewhere would leave the service
+    /// without a node that may have it, although nothing is broken any more.
+    fn forget_failures(&mut self, volume: VolumeId, node: NodeId) {
+        for service in self.services.values_mut() {
+            if service.spec.volumes().any(|used| used == volume) {
+                service.failures.remove(&node);
+            }
+        }
     }
 
     fn create_service(&mut self, spec: &ServiceSpec, target: Option<NodeId>) -> Applied {

@@ -20,7 +20,8 @@ pub struct Service {
     /// The one node that may have parts of it active. Set only when nobody holds it; cleared by
     /// the holder after it stopped every part, or by the holder's eviction with a proof.
     pub holder: Option<NodeId>,
-    /// Nodes that gave it up because a part failed there, and why. Cleared by `service start`.
+    /// Nodes that gave it up because a part failed there, and why. Cleared by
+    /// `service start`, and for a node that is in sync again on a volume of the service.
     pub failures: BTreeMap<NodeId, FailureRecord>,
 }
 

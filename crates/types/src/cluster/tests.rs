@@ -325,6 +325,46 @@ fn one_service_one_holder() {
     ));
 }
 
+/// Found by the disk tests in `crates/relevo/tests/it/breakage`: alfa's disk failed and was
+/// repaired, then beta's failed, and nobody was allowed to have the service.
+#[test]
+fn a_node_that_is_in_sync_again_may_have_the_service_again() {
+    let mut state = with_volume();
+    let part = Part::Volume(VolumePart {
+        volume: V,
+        device: false,
+    });
+    let spec = ServiceSpec {
+        name: "mail".to_owned(),
+        parts: vec![part],
+    };
+    state
+        .apply(&Command::CreateService { spec, target: None })
+        .unwrap();
+    state
+        .apply(&Command::Acquire {
+            service: S,
+            node: A,
+        })
+        .unwrap();
+    let epoch = state.volumes[&V].epoch.0;
+    state
+        .apply(&change(epoch, VolumeChange::Leave { nodes: vec![A] }))
+        .unwrap();
+    state
+        .apply(&Command::Release {
+            service: S,
+            node: A,
+            failure: Some("its disk failed".to_owned()),
+        })
+        .unwrap();
+    assert!(state.services[&S].failures.contains_key(&A));
+    state
+        .apply(&change(epoch + 1, VolumeChange::Join { node: A }))
+        .unwrap();
+    assert!(state.services[&S].failures.is_empty());
+}
+
 #[test]
 fn a_command_survives_its_encoding() {
     let command = change(4, VolumeChange::Leave { nodes: vec![A, B] });

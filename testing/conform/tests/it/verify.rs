@@ -36,6 +36,7 @@ fn fio_verifies_what_it_wrote() {
             "--offset_increment=8m",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--fsync=50",
             "--randseed=7",
             &uri,

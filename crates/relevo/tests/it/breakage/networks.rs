@@ -1,0 +1,82 @@
+//! Cut cables, one-way networks, a port that is blocked.
+
+use std::thread::sleep;
+
+use chaos::{Direction, Stage};
+
+use super::{DEAD, pair, trio};
+
+/// Of the data port, by default.
+const DATA_PORT: u16 = 7622;
+
+#[test]
+fn a_secondary_is_cut_off() {
+    Stage::play(&pair("a_secondary_is_cut_off"), |stage, _| {
+        let victim = stage.secondary();
+        stage.cables.set(&victim, false);
+        stage.expect_out_of_sync(&victim);
+        stage.expect_progress();
+        stage.cables.set(&victim, true);
+    });
+}
+
+#[test]
+fn the_primary_is_cut_off_and_replaced() {
+    Stage::play(&pair("the_primary_is_cut_off_and_replaced"), |stage, _| {
+        let victim = stage.primary();
+        stage.cables.set(&victim, false);
+        stage.expect_takeover_from(&victim);
+        stage.expect_progress();
+        stage.cables.set(&victim, true);
+    });
+}
+
+/// Too short for anybody to be given up.
+#[test]
+fn a_cable_is_pulled_for_a_moment() {
+    Stage::play(&trio("a_cable_is_pulled_for_a_moment"), |stage, _| {
+        for name in stage.data_nodes().to_vec() {
+            stage.cables.set(&name, false);
+            sleep(DEAD / 10);
+            stage.cables.set(&name, true);
+            sleep(DEAD / 2);
+        }
+    });
+}
+
+#[test]
+fn one_way_networks() {
+    Stage::play(&pair("one_way_networks"), |stage, _| {
+        for direction in [Direction::In, Direction::Out] {
+            for primary in [false, true] {
+                let victim = if primary {
+                    stage.primary()
+                } else {
+                    stage.secondary()
+                };
+                stage.cables.drop_all(&victim, direction);
+                if primary {
+                    stage.expect_takeover_from(&victim);
+                } else {
+                    stage.expect_out_of_sync(&victim);
+                }
+                stage.expect_progress();
+                stage.cables.undo_drops(&victim);
+                stage.expect_whole();
+            }
+        }
+    });
+}
+
+/// Heartbeats and the control log go on: nothing moves.
+#[test]
+fn only_the_data_port_is_blocked() {
+    Stage::play(&pair("only_the_data_port_is_blocked"), |stage, _| {
+        let (primary, victim) = (stage.primary(), stage.secondary());
+        stage.cables.drop_port(&victim, DATA_PORT);
+        stage.expect_out_of_sync(&victim);
+        stage.expect_progress();
+        assert_eq!(stage.primary(), primary);
+        stage.cables.undo_drops(&victim);
+    });
+}

@@ -1,0 +1,161 @@
+//! Machines out of network namespaces, joined by two networks: `lan` for everything and `repl`,
+//! which replication prefers.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    process::{Command, Stdio},
+};
+
+use relevo_host::{command::NsCommand, netns::NetNs};
+
+/// The networks; their numbers are the second byte of the addresses.
+const NETWORKS: [(&str, u8); 2] = [("lan", 79), ("repl", 80)];
+
+/// What a cut machine can't do any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    /// Nothing arrives.
+    In,
+    /// Nothing gets out.
+    Out,
+}
+
+/// A hub with a cable to each machine, on each network.
+#[derive(Debug)]
+pub struct Cables {
+    hub: NetNs,
+    machines: BTreeMap<String, NetNs>,
+}
+
+impl Cables {
+    /// A hub without machines.
+    ///
+    /// # Panics
+    /// The kernel refuses: the tests need root.
+    #[must_use]
+    pub fn new() -> Self {
+        let hub = NetNs::new("hub").unwrap();
+        for (network, _) in NETWORKS {
+            hub.add_bridge(network).unwrap();
+        }
+        Self {
+            hub,
+            machines: BTreeMap::new(),
+        }
+    }
+
+    /// Makes a machine with an address on each network. Returns its namespace and its `--path`
+    /// arguments.
+    ///
+    /// # Panics
+    /// The name is in use or longer than 10 bytes, or the kernel refuses.
+    pub fn plug(&mut self, name: &str) -> (NetNs, Vec<String>) {
+        let number = u8::try_from(self.machines.len() + 1).unwrap();
+        let namespace = NetNs::new(name).unwrap();
+        let mut paths = Vec::new();
+        for (network, byte) in NETWORKS {
+            let address = Ipv4Addr::new(10, byte, 0, number);
+            let port = hub_port(name, network);
+            self.hub.add_cable(&port, &namespace, network).unwrap();
+            self.hub.add_port(network, &port).unwrap();
+            namespace
+                .add_address(network, IpAddr::V4(address), 24)
+                .unwrap();
+            let mark = if network == "repl" {
+                ",replication"
+            } else {
+                ""
+            };
+            paths.push(format!("{network}={address}{mark}"));
+        }
+        self.machines.insert(name.to_owned(), namespace.clone());
+        (namespace, paths)
+    }
+
+    /// Pulls or plugs a machine's cables.
+    ///
+    /// # Panics
+    /// There is no such machine.
+    pub fn set(&self, machine: &str, up: bool) {
+        // The replication path first: whoever connects when it comes back shall find it.
+        for (network, _) in NETWORKS.iter().rev() {
+            self.hub.set_up(&hub_port(machine, network), up).unwrap();
+        }
+    }
+
+    /// Drops whatever a machine receives or sends from now on.
+    ///
+    /// # Panics
+    /// There is no such machine, or nftables refuses.
+    pub fn drop_all(&self, machine: &str, direction: Direction) {
+        let rules = match direction {
+            Direction::In => chains(r#"iifname != "lo" drop"#, ""),
+            Direction::Out => chains("", r#"oifname != "lo" drop"#),
+        };
+        self.nft(machine, &rules);
+    }
+
+    /// Drops the packets of one TCP port, on all networks and in both directions.
+    ///
+    /// # Panics
+    /// There is no such machine, or nftables refuses.
+    pub fn drop_port(&self, machine: &str, port: u16) {
+        let rule = format!("tcp sport {port} drop; tcp dport {port} drop");
+        self.nft(machine, &chains(&rule, &rule));
+    }
+
+    /// Takes every filter of a machine away.
+    ///
+    /// # Panics
+    /// There is no such machine, or nftables refuses.
+    pub fn undo_drops(&self, machine: &str) {
+        self.nft(machine, "flush ruleset");
+    }
+
+    fn nft(&self, machine: &str, rules: &str) {
+        let child = NsCommand::new("nft")
+            .arg(rules)
+            .in_namespace(&self.machines[machine])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(
+            output.status.success(),
+            "nft on {machine}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// Whether nftables can be used; else why not.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn can_filter() -> Result<(), String> {
+        match Command::new("nft").arg("--version").output() {
+            Ok(output) if output.status.success() => Ok(()),
+            _ => Err("nft is not installed (Debian: nftables)".to_owned()),
+        }
+    }
+}
+
+impl Default for Cables {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn chains(arriving: &str, leaving: &str) -> String {
+    format!(
+        "table inet chaos {{ \
+         chain arriving {{ type filter hook input priority 0; {arriving}; }}; \
+         chain leaving {{ type filter hook output priority 0; {leaving}; }}; }}"
+    )
+}
+
+/// The hub's end of a cable; the kernel allows 15 bytes.
+fn hub_port(machine: &str, network: &str) -> String {
+    format!("{machine}-{network}")
+}
