@@ -108,8 +108,12 @@ pub fn read(id: PageId, tag: u32, copies: &[u8]) -> Copies {
             let (generation, words) = if a.0 > b.0 { a } else { b };
             Copies::Valid { generation, words }
         }
-        (Some((generation, words)), None) if is_blank(odd) => Copies::Valid { generation, words },
-        (None, Some((generation, words))) if is_blank(even) => Copies::Valid { generation, words },
+        // Only the first generation has no predecessor beside it. A later one next to a blank copy
+        // may be the older of two: the newer was wiped.
+        (None, Some((1, words))) if is_blank(even) => Copies::Valid {
+            generation: 1,
+            words,
+        },
         (Some((generation, _)), None) | (None, Some((generation, _))) => {
             Copies::Damaged { generation }
         }

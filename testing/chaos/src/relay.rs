@@ -12,7 +12,7 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
@@ -41,6 +41,9 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 /// Making a connection to a node that was primary a moment ago.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Troubles that are kept to be told when the test fails.
+const TROUBLES_MAX: usize = 200;
+
 /// Between two attempts of a request that was refused.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -62,6 +65,7 @@ struct Shared {
     journal: Mutex<Journal>,
     moves: AtomicU64,
     repeats: AtomicU64,
+    troubles: Mutex<Vec<String>>,
     stopped: AtomicBool,
 }
 
@@ -73,7 +77,15 @@ struct Route {
     /// Grows with each move.
     generation: u64,
     /// Connections to the current node, to be cut when it is no longer the one.
-    breakers: Vec<Breaker>,
+    breakers: Vec<Weak<Breaker>>,
+}
+
+impl Route {
+    fn cut_all(&mut self) {
+        for breaker in self.breakers.drain(..).filter_map(|known| known.upgrade()) {
+            breaker.cut();
+        }
+    }
 }
 
 impl Relay {
@@ -92,6 +104,7 @@ impl Relay {
             journal: Mutex::new(Journal::new(size)),
             moves: AtomicU64::new(0),
             repeats: AtomicU64::new(0),
+            troubles: Mutex::default(),
             stopped: AtomicBool::new(false),
         });
         let listener = UnixListener::bind(socket).unwrap();
@@ -134,6 +147,13 @@ impl Relay {
         self.shared.repeats.load(Ordering::Relaxed)
     }
 
+    /// Why connections were given up, the first ones.
+    #[must_use]
+    pub fn troubles(&self) -> Vec<String> {
+        let troubles = self.shared.troubles.lock();
+        troubles.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Reads the whole volume through whoever is primary.
     #[must_use]
     pub fn read_all(&self) -> Vec<u8> {
@@ -172,6 +192,9 @@ impl Drop for Relay {
 /// A worker's connection, and under which generation it was made.
 struct Line {
     client: Client,
+    /// Holds the connection open as the client does.
+    _breaker: Arc<Breaker>,
+    node: usize,
     generation: u64,
 }
 
@@ -195,9 +218,7 @@ impl Shared {
                 let mut route = self.route();
                 route.current = Some(node);
                 route.generation += 1;
-                for breaker in route.breakers.drain(..) {
-                    breaker.cut();
-                }
+                route.cut_all();
                 self.moves.fetch_add(1, Ordering::Relaxed);
                 self.moved.notify_all();
             }
@@ -211,15 +232,21 @@ impl Shared {
         client.disconnect()
     }
 
+    fn note(&self, what: &str, node: usize, error: &ClientError) {
+        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        if troubles.len() < TROUBLES_MAX {
+            let now = relevo_host::clock::now();
+            troubles.push(format!("{now:?} {what} at {}: {error}", self.nodes[node]));
+        }
+    }
+
     /// The node of this generation refuses or is gone: whoever answers next is the one. `None`:
     /// every connection is to be cut.
     fn lose(&self, generation: Option<u64>) {
         let mut route = self.route();
         if generation.is_none_or(|generation| generation == route.generation) {
             route.current = None;
-            for breaker in route.breakers.drain(..) {
-                breaker.cut();
-            }
+            route.cut_all();
             self.moved.notify_all();
         }
     }
@@ -246,16 +273,28 @@ impl Shared {
                 client.set_timeout(None)?;
                 Ok((client.breaker()?, client))
             });
-        let Ok((breaker, client)) = connected else {
-            self.lose(Some(generation));
-            return None;
+        let (breaker, client) = match connected {
+            Ok(connected) => connected,
+            Err(error) => {
+                self.note("connecting", node, &error);
+                self.lose(Some(generation));
+                return None;
+            }
         };
         let mut route = self.route();
         if route.generation != generation || route.current.is_none() {
             return None;
         }
-        route.breakers.push(breaker);
-        Some(Line { client, generation })
+        let breaker = Arc::new(breaker);
+        // Those of connections that ended go, so that there are never more than open ones.
+        route.breakers.retain(|known| known.strong_count() > 0);
+        route.breakers.push(Arc::downgrade(&breaker));
+        Some(Line {
+            client,
+            _breaker: breaker,
+            node,
+            generation,
+        })
     }
 
     /// Sends a request until it is answered.
@@ -279,7 +318,8 @@ impl Shared {
                     return Err(errno);
                 }
                 // Its disk failed, or it is primary no more. The client goes where the volume is.
-                Err(_) => {
+                Err(error) => {
+                    self.note("a request", connected.node, &error);
                     self.lose(Some(connected.generation));
                     *line = None;
                     thread::sleep(RETRY_PAUSE);

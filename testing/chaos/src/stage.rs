@@ -29,6 +29,9 @@ const WITNESS: &str = "wit";
 /// Whatever happened: in this time the cluster is whole again.
 const HEAL_BOUND: Duration = Duration::from_secs(40);
 
+/// A link on another path is brought back to the preferred one within this.
+const PREFERENCE: Duration = Duration::from_millis(2500);
+
 /// Lines that a daemon may log on one stage: some 20 for each thing that happens.
 const LOG_LINES_MAX: usize = 3000;
 
@@ -83,6 +86,9 @@ impl Stage {
         let mut stage = Self::build(plan);
         let mut rounds = 0;
         while rounds == 0 || start.elapsed().unwrap_or_default() < Duration::from_secs(seconds) {
+            if rounds > 0 {
+                stage.settle();
+            }
             rounds += 1;
             round(&mut stage, rounds);
             stage.expect_whole();
@@ -327,6 +333,14 @@ impl Stage {
         }
     }
 
+    /// Lets links find back to the path that they prefer, which takes their replica out of the in-sync
+    /// set for a moment: the next failure would be the second one at once.
+    pub fn settle(&self) {
+        self.expect_whole();
+        std::thread::sleep(PREFERENCE);
+        self.expect_whole();
+    }
+
     /// Waits until the client got some further writes acknowledged.
     ///
     /// # Panics
@@ -416,6 +430,11 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        if std::thread::panicking() || std::env::var_os("RELEVO_CHAOS_TROUBLES").is_some() {
+            for trouble in self.relay.troubles() {
+                eprintln!("relay: {trouble}");
+            }
+        }
         // A daemon whose disk hangs can't even be killed.
         for disk in self.disks.values() {
             disk.set(None);

@@ -1,6 +1,8 @@
 //! What tests say even when they pass. The harness shows what a test prints only if it fails; who
 //! reads the log must still see what was left out, and how many seeds ran.
 
+pub mod fuzz;
+
 use std::{
     env,
     fmt::Display,

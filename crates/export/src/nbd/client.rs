@@ -217,7 +217,8 @@ impl Client {
     }
 }
 
-/// Cuts the connection of a [`Client`] that waits for its server, in another thread.
+/// Cuts the connection of a [`Client`] that waits for its server, in another thread. The connection
+/// stays open while this exists, as it does while the client exists.
 #[derive(Debug)]
 pub struct Breaker(Stream);
 

@@ -2,6 +2,7 @@
 
 mod client;
 mod device;
+mod fuzz;
 mod memory;
 mod session;
 mod skip;

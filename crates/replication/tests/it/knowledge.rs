@@ -1,5 +1,7 @@
 //! Who knows what absent replicas lack: stories of two failures in a row.
 
+use std::time::Duration;
+
 use relevo_replication::{Input, PeerState};
 use relevo_types::cluster::VolumeChange;
 use relevo_wire::Message;
@@ -199,4 +201,41 @@ fn a_member_learns_from_its_own_tail_what_those_who_left_may_lack() {
     world.pass_ms(300);
     assert!(world.volume().in_sync.contains(&D));
     assert_eq!((block(&world, C, 10), block(&world, D, 10)), (4, 4));
+}
+
+/// Nothing was written since all were in sync: the next primary has nothing to reconcile, and the old
+/// one nothing to get when it returns.
+#[test]
+fn a_primary_lost_after_no_write_leaves_nothing_to_copy() {
+    let mut world = World::opened(3, 1024, A);
+    world.crash(A, true);
+    world.evict(A);
+    world.promote(B);
+    // Past the grace for the lost member.
+    world.pass_ms(1000);
+    world.lease(B, Duration::from_secs(3600));
+    assert!(world.status(B).open, "{:?}", world.status(B));
+    world.start(A);
+    world.run();
+    world.connect_all();
+    let mut copied = 0;
+    loop {
+        let wires = world.busy_wires();
+        if let Some((from, to)) = wires.first().copied() {
+            let copies = matches!(world.head(from, to), Some(Message::SyncWrite { .. }));
+            copied += usize::from(copies);
+            world.deliver(from, to);
+        } else if let Some(id) = [A, B, C]
+            .into_iter()
+            .find(|id| !world.node(*id).ops.is_empty())
+        {
+            world.finish_op(id, 0);
+        } else if let Some(id) = [A, B, C].into_iter().find(|id| world.has_config(*id)) {
+            world.deliver_config(id);
+        } else if !world.commit() {
+            break;
+        }
+    }
+    assert!(world.volume().in_sync.contains(&A));
+    assert_eq!(copied, 0, "blocks were copied that are the same everywhere");
 }

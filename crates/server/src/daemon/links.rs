@@ -115,9 +115,9 @@ impl Dialer {
             let link = dial(&inner, volume, peer).await;
             // Before the link is handed over: if it breaks at once, it is dialed again at once.
             lock(&inner.dialing).remove(&(volume, peer));
-            if let Some(link) = link {
+            if let Some((link, waited)) = link {
                 let remote = link.remote.ip();
-                inner.hand_over(link);
+                inner.hand_over(link, waited);
                 prefer(&inner, volume, peer, remote).await;
             }
         });
@@ -125,9 +125,11 @@ impl Dialer {
 }
 
 impl Inner {
-    fn hand_over(&self, link: EstablishedLink) {
+    fn hand_over(&self, link: EstablishedLink, waited: Duration) {
         tracing::info!(volume = %link.volume, peer = %link.peer, remote = %link.remote, "a data link is made");
         lock(&self.remotes).insert((link.volume, link.peer), link.remote.ip());
+        let made = (relevo_host::clock::now(), waited);
+        lock(&self.made).insert((link.volume, link.peer), made);
         self.volumes.link(link);
     }
 }
@@ -159,19 +161,29 @@ async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
             .dial(peer, &preferred, volume, CONNECT_TIMEOUT)
             .await;
         if let Ok(link) = dialed {
-            inner.hand_over(link);
+            inner.hand_over(link, Duration::ZERO);
             return;
         }
     }
 }
 
-/// Dials until there is a link, or none is wanted any more.
-async fn dial(inner: &Inner, volume: VolumeId, peer: NodeId) -> Option<EstablishedLink> {
+/// Dials until there is a link, or none is wanted any more. Returns it with how long it had waited.
+async fn dial(
+    inner: &Inner,
+    volume: VolumeId,
+    peer: NodeId,
+) -> Option<(EstablishedLink, Duration)> {
     let last = lock(&inner.made).get(&(volume, peer)).copied();
     let first = first_pause(last, relevo_host::clock::now());
     tokio::time::sleep(first).await;
     let mut pause = first.max(BACKOFF_FIRST);
     loop {
+        // One was made meanwhile, on a path that replication prefers: a further one would break
+        // it, and its replica would have to leave the in-sync set once more. If that one is lost
+        // too, the data path says so again.
+        if lock(&inner.made).get(&(volume, peer)).copied() != last {
+            return None;
+        }
         let addresses = {
             let state = inner.states.borrow();
             if admit(&state, inner.me, peer, volume).is_err() {
@@ -190,11 +202,7 @@ async fn dial(inner: &Inner, volume: VolumeId, peer: NodeId) -> Option<Establish
             .dial(peer, &addresses, volume, CONNECT_TIMEOUT)
             .await
         {
-            Ok(link) => {
-                let made = (relevo_host::clock::now(), first);
-                lock(&inner.made).insert((volume, peer), made);
-                return Some(link);
-            }
+            Ok(link) => return Some((link, first)),
             Err(error) => tracing::debug!(%error, %volume, "no data link yet"),
         }
         tokio::time::sleep(pause).await;

@@ -1,5 +1,6 @@
 //! Transport on loopback: identities, RPC and data links over real sockets.
 
+mod damage;
 mod datalink;
 mod identity;
 mod rpc;

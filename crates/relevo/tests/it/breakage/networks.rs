@@ -62,7 +62,7 @@ fn one_way_networks() {
                 }
                 stage.expect_progress();
                 stage.cables.undo_drops(&victim);
-                stage.expect_whole();
+                stage.settle();
             }
         }
     });

@@ -1,0 +1,3 @@
+//! Metadata as damaged disks give it back.
+
+mod damage;
