@@ -51,6 +51,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Relay {
     socket: PathBuf,
+    listener: UnixListener,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -112,6 +113,7 @@ impl Relay {
         let server = Arc::clone(&shared);
         Self {
             socket: socket.to_owned(),
+            listener: listener.try_clone().unwrap(),
             shared,
             threads: vec![
                 thread::spawn(move || scout.scout()),
@@ -179,8 +181,10 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.shared.stopped.store(true, Ordering::Relaxed);
         self.shared.lose(None);
-        // Wakes the listener.
-        drop(UnixStream::connect(&self.socket));
+        // Wakes whoever waits for a connection, also when the socket's file is gone.
+        if let Err(error) = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both) {
+            eprintln!("the relay's listener stays: {error}");
+        }
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 eprintln!("a thread of the relay had panicked");

@@ -5,7 +5,7 @@ use std::{thread::sleep, time::Duration};
 
 use chaos::{Fault, Stage};
 
-use super::pair_with_faulty_disks;
+use super::{pair_with_faulty_disks, trio_with_faulty_disks};
 
 /// Switches a fault on, waits until it struck and the volume went on without the disk, then repairs
 /// it and restarts the daemon.
@@ -50,6 +50,74 @@ fn the_disk_of_the_primary_fails() {
                 let victim = stage.primary();
                 fails(stage, &victim, fault);
             }
+        },
+    );
+}
+
+/// The process dies with a write half done, as with the power: of data, of the activity log, or of
+/// whatever was under way. Nobody was told of an error in time.
+#[test]
+fn a_write_is_torn_and_the_daemon_dies() {
+    Stage::play(
+        &pair_with_faulty_disks("a_write_is_torn_and_the_daemon_dies"),
+        |stage, _| {
+            for primary in [false, true, false, true] {
+                let victim = if primary {
+                    stage.primary()
+                } else {
+                    stage.secondary()
+                };
+                stage.disk(&victim).set(Some(Fault::Torn));
+                while stage.disk(&victim).hits() == 0 {
+                    sleep(Duration::from_millis(1));
+                }
+                stage.kill(&victim);
+                stage.disk(&victim).set(None);
+                if primary {
+                    stage.expect_takeover_from(&victim);
+                }
+                stage.start(&victim);
+                stage.expect_whole();
+            }
+        },
+    );
+}
+
+/// A disk that can't be read is found out when its node takes over: the third one does it then.
+#[test]
+fn a_bad_disk_is_found_out_at_the_takeover() {
+    Stage::play(
+        &trio_with_faulty_disks("a_bad_disk_is_found_out_at_the_takeover"),
+        |stage, _| {
+            let first = stage.primary();
+            let others: Vec<String> = stage
+                .data_nodes()
+                .iter()
+                .filter(|name| **name != first)
+                .cloned()
+                .collect();
+            // Whichever is chosen; then the other one is well.
+            for name in &others {
+                stage.disk(name).set(Some(Fault::Read));
+            }
+            stage.kill(&first);
+            chaos::eventually(Duration::from_secs(20), "a bad disk is read", || {
+                others.iter().any(|name| stage.disk(name).hits() > 0)
+            });
+            let bad = others
+                .iter()
+                .position(|name| stage.disk(name).hits() > 0)
+                .unwrap();
+            let good = &others[1 - bad];
+            stage.disk(good).set(None);
+            chaos::eventually(Duration::from_secs(20), "the third one is primary", || {
+                stage.primary() == *good
+            });
+            stage.expect_progress();
+            stage.start(&first);
+            stage.disk(&others[bad]).set(None);
+            stage.kill(&others[bad]);
+            stage.start(&others[bad]);
         },
     );
 }

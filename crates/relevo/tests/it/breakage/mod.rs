@@ -43,3 +43,11 @@ const fn pair_with_faulty_disks(test: &'static str) -> Plan {
         ..pair(test)
     }
 }
+
+/// Three data nodes whose disks fail on demand.
+const fn trio_with_faulty_disks(test: &'static str) -> Plan {
+    Plan {
+        faulty_disks: true,
+        ..trio(test)
+    }
+}
