@@ -1,7 +1,6 @@
 //! Integration tests of the whole: the demo as a user runs it, daemons driven by the command line,
 //! bad input, real failures under load, and the house rules.
 
-mod acceptance;
 mod bad_input;
 mod breakage;
 mod cluster;

@@ -1,6 +1,8 @@
 //! House rules as tests: the direction of dependencies, where `unsafe` may stand, what sans-IO
 //! crates may not touch, how long a file may be, and that links in the documents lead somewhere.
 
+mod acceptance;
+
 use std::{
     collections::BTreeMap,
     fs,

@@ -11,9 +11,13 @@ use relevo_membership::{Heartbeat, PathEcho, PeerEcho};
 use relevo_transport::{DataListener, HeartbeatKey, LinkDialer, Token};
 use relevo_types::{ClusterId, Instance, LeaseGeneration, NodeId, VolumeId};
 use said::fuzz::{Random, fuzz, mutate};
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    runtime::Handle,
+    time::timeout,
+};
 
-use crate::{Cluster, any};
+use crate::{Cluster, any, rpc};
 
 const LONG: Duration = Duration::from_secs(20);
 const V: VolumeId = VolumeId(4);
@@ -28,9 +32,7 @@ async fn greeting(cluster: &Cluster) -> Vec<u8> {
     });
     let (mut stream, _) = listener.accept().await.unwrap();
     let mut bytes = vec![0; 4096];
-    let count = tokio::io::AsyncReadExt::read(&mut stream, &mut bytes)
-        .await
-        .unwrap();
+    let count = stream.read(&mut bytes).await.unwrap();
     bytes.truncate(count);
     drop(stream);
     dial.await.unwrap();
@@ -85,6 +87,57 @@ async fn strangers_at_the_data_port_disturb_nobody() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     knocking.await.unwrap();
+}
+
+/// Requests, pings and pongs as a member sends them (the golden frames of the RPC), damaged.
+fn rpc_stream(random: &mut Random) -> Vec<u8> {
+    let frames: [&[u8]; 4] = [
+        &[7, 0, 0, 0, 0, 0xac, 2, 3, 2, b'h', b'i'],
+        &[7, 0, 0, 0, 1, 1, 1, 1, 2, b'n', b'o'],
+        &[1, 0, 0, 0, 2],
+        &[1, 0, 0, 0, 3],
+    ];
+    let mut bytes = Vec::new();
+    for _ in 0..1 + random.below(8) {
+        bytes.extend_from_slice(frames[random.below(frames.len())]);
+    }
+    mutate(random, &mut bytes);
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_talks_nonsense_disturbs_nobody() {
+    let cluster = Arc::new(Cluster::new(1));
+    let (server, _) = rpc::serve(&cluster.node(2));
+    let port = server.addresses()[0];
+    let honest = rpc::client(cluster.node(1), 2, server.addresses());
+    let broken = Arc::clone(&cluster);
+    let runtime = Handle::current();
+    let talking = tokio::task::spawn_blocking(move || {
+        let identity = broken.node(3);
+        fuzz("a_member_that_talks_nonsense_disturbs_nobody", |random| {
+            let bytes = rpc_stream(random);
+            runtime.block_on(async {
+                let Ok(mut stream) = rpc::connect_as(&identity, port, &broken).await else {
+                    return;
+                };
+                // It may be thrown out in the middle.
+                if stream.write_all(&bytes).await.is_ok() && stream.flush().await.is_ok() {
+                    let mut buffer = [0; 512];
+                    let answer = stream.read(&mut buffer);
+                    drop(timeout(Duration::from_millis(2), answer).await);
+                }
+            });
+        });
+    });
+    let mut asked = 0;
+    while asked == 0 || !talking.is_finished() {
+        let answer = rpc::ask(&honest, 2, "hi").await.unwrap();
+        assert_eq!(answer, "Some(n1) Report hi");
+        asked += 1;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    talking.await.unwrap();
 }
 
 fn heartbeat(random: &mut Random) -> Heartbeat {

@@ -25,7 +25,7 @@ use tokio::{
     sync::watch,
     time::{sleep, timeout},
 };
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{Cluster, any, nobody};
 
@@ -33,7 +33,7 @@ const LONG: Duration = Duration::from_secs(10);
 
 /// Says who asked what; waits when asked to `wait`; counts.
 #[derive(Default)]
-struct Echo {
+pub(crate) struct Echo {
     handled: AtomicUsize,
 }
 
@@ -63,19 +63,23 @@ impl RpcHandler for Echo {
     }
 }
 
-fn serve(identity: &Arc<Identity>) -> (RpcServer, Arc<Echo>) {
+pub(crate) fn serve(identity: &Arc<Identity>) -> (RpcServer, Arc<Echo>) {
     let handler = Arc::new(Echo::default());
     let server = RpcServer::bind(&[any()], identity, Arc::clone(&handler) as _).unwrap();
     (server, handler)
 }
 
-fn client(identity: Arc<Identity>, peer: u32, addresses: &[SocketAddr]) -> RpcClient {
+pub(crate) fn client(identity: Arc<Identity>, peer: u32, addresses: &[SocketAddr]) -> RpcClient {
     let client = RpcClient::new(identity, RpcConfig::default()).unwrap();
     client.set_peers(&BTreeMap::from([(NodeId(peer), addresses.to_vec())]));
     client
 }
 
-async fn ask(client: &RpcClient, peer: u32, text: &'static str) -> Result<String, RpcError> {
+pub(crate) async fn ask(
+    client: &RpcClient,
+    peer: u32,
+    text: &'static str,
+) -> Result<String, RpcError> {
     let body = Bytes::from_static(text.as_bytes());
     let answer = client
         .call(NodeId(peer), Method::Report, body, LONG)
@@ -223,8 +227,12 @@ async fn a_server_of_another_cluster_is_refused() {
     }
 }
 
-/// A client that trusts any server but shows the certificate of `identity`.
-async fn intruder(identity: &Identity, server: SocketAddr, trusted: &Cluster) -> io::Result<usize> {
+/// A connection of a client that trusts any server but shows the certificate of `identity`.
+pub(crate) async fn connect_as(
+    identity: &Identity,
+    server: SocketAddr,
+    trusted: &Cluster,
+) -> io::Result<TlsStream<TcpStream>> {
     let dir = tempfile::tempdir().unwrap();
     identity.save(dir.path()).unwrap();
     let key = PrivateKeyDer::from_pem_file(dir.path().join("node.key")).unwrap();
@@ -241,9 +249,14 @@ async fn intruder(identity: &Identity, server: SocketAddr, trusted: &Cluster) ->
     config.alpn_protocols = vec![b"relevo-rpc/1".to_vec()];
     let name = format!("node-2.{}.relevo", trusted.id).try_into().unwrap();
     let stream = TcpStream::connect(server).await?;
-    let mut stream = TlsConnector::from(Arc::new(config))
+    stream.set_nodelay(true)?;
+    TlsConnector::from(Arc::new(config))
         .connect(name, stream)
-        .await?;
+        .await
+}
+
+async fn intruder(identity: &Identity, server: SocketAddr, trusted: &Cluster) -> io::Result<usize> {
+    let mut stream = connect_as(identity, server, trusted).await?;
     stream.write_all(&[1, 0, 0, 0, 2]).await?; // a ping
     stream.flush().await?;
     stream.read(&mut [0; 16]).await

@@ -1,22 +1,15 @@
 //! `docs/acceptance.md` names LINBIT's tests and what covers them here: no name may be missing, and
 //! nothing may be named that does not exist.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, path::Path};
+
+use super::root;
 
 /// Scripts in drbd9-tests.
 const LINBIT_TESTS: usize = 143;
 
 /// How a cell begins that names no test.
 const WITHOUT_A_TEST: [&str; 3] = ["not yet: ", "later: ", "can't apply: "];
-
-fn root() -> PathBuf {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest.ancestors().nth(2).unwrap().to_path_buf()
-}
 
 /// Functions that are marked as tests, of the whole tree. Inside `proptest!` they are too.
 fn tests(directory: &Path, found: &mut BTreeSet<String>) {
