@@ -20,7 +20,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use relevo_host::{command::NsCommand, mountns::MountNs, netns::NetNs, userns};
+use relevo_host::{command::NsCommand, hub::Hub, mountns::MountNs, netns::NetNs, userns};
 use relevo_server::api::{
     ClusterStatus, InitRequest, JoinRequest, NodeRequest, PathRequest, TokenRequest, VolumeStatus,
 };
@@ -125,7 +125,7 @@ pub struct Lab {
     pub(crate) api: Api,
     directory: PathBuf,
     program: PathBuf,
-    hub: Option<NetNs>,
+    hub: Option<Hub>,
     machines: Vec<Machine>,
 }
 
@@ -223,10 +223,7 @@ impl Lab {
             ("client", None, 9, false),
         ];
         if self.has_cables() {
-            let hub = NetNs::new("hub")?;
-            hub.add_bridge("lan")?;
-            hub.add_bridge("repl")?;
-            self.hub = Some(hub);
+            self.hub = Some(Hub::new(&["lan", "repl"])?);
         }
         for (name, kind, number, replicates) in plan {
             let state_dir = self.directory.join(name);
@@ -240,10 +237,7 @@ impl Lab {
                         paths.push(("repl", Ipv4Addr::new(10, 78, 0, number)));
                     }
                     for (path, address) in &paths {
-                        let port = hub_port(name, path);
-                        hub.add_cable(&port, &namespace, path)?;
-                        hub.add_port(path, &port)?;
-                        namespace.add_address(path, IpAddr::V4(*address), 24)?;
+                        hub.plug(name, &namespace, path, *address)?;
                     }
                     Some(namespace)
                 }
@@ -451,7 +445,7 @@ impl Lab {
         // The replication path first: whoever connects when it comes back shall find it.
         for (own, _) in self.machine(name).paths.iter().rev() {
             if path.is_none_or(|path| path == *own) {
-                hub.set_up(&hub_port(name, own), up)?;
+                hub.set_cable(name, own, up)?;
             }
         }
         Ok(())
@@ -546,11 +540,6 @@ impl Machine {
             ports: Ports::default(),
         }
     }
-}
-
-/// The hub's end of a cable; the kernel allows 15 bytes.
-fn hub_port(machine: &str, path: &str) -> String {
-    format!("{machine}-{path}")
 }
 
 /// The last words of a log.

@@ -8,7 +8,7 @@
 //! * [`clock`]: `CLOCK_BOOTTIME` as [`relevo_types::Time`].
 //! * [`address`]: addresses with a lifetime that the kernel ends by itself; [`announce`]:
 //!   gratuitous ARP and unsolicited neighbour advertisements.
-//! * [`netns`], [`mountns`], [`userns`], [`command`]: whole machines out of namespaces, without the `ip` tool.
+//! * [`netns`], [`hub`], [`mountns`], [`userns`], [`command`]: whole machines out of namespaces, without the `ip` tool.
 //! * [`mount`], [`mkfs`]: file systems.
 //! * [`process`]: supervised processes that can't outlive their parent.
 
@@ -17,6 +17,7 @@ pub mod announce;
 pub mod clock;
 pub mod command;
 pub mod error;
+pub mod hub;
 pub mod mkfs;
 pub mod mount;
 pub mod mountns;

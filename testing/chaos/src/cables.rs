@@ -3,11 +3,11 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
+    net::Ipv4Addr,
     process::{Command, Stdio},
 };
 
-use relevo_host::{command::NsCommand, netns::NetNs};
+use relevo_host::{command::NsCommand, hub::Hub, netns::NetNs};
 
 /// The networks; their numbers are the second byte of the addresses.
 const NETWORKS: [(&str, u8); 2] = [("lan", 79), ("repl", 80)];
@@ -24,7 +24,7 @@ pub enum Direction {
 /// A hub with a cable to each machine, on each network.
 #[derive(Debug)]
 pub struct Cables {
-    hub: NetNs,
+    hub: Hub,
     machines: BTreeMap<String, NetNs>,
 }
 
@@ -35,10 +35,7 @@ impl Cables {
     /// The kernel refuses: the tests need root.
     #[must_use]
     pub fn new() -> Self {
-        let hub = NetNs::new("hub").unwrap();
-        for (network, _) in NETWORKS {
-            hub.add_bridge(network).unwrap();
-        }
+        let hub = Hub::new(&NETWORKS.map(|(network, _)| network)).unwrap();
         Self {
             hub,
             machines: BTreeMap::new(),
@@ -56,12 +53,7 @@ impl Cables {
         let mut paths = Vec::new();
         for (network, byte) in NETWORKS {
             let address = Ipv4Addr::new(10, byte, 0, number);
-            let port = hub_port(name, network);
-            self.hub.add_cable(&port, &namespace, network).unwrap();
-            self.hub.add_port(network, &port).unwrap();
-            namespace
-                .add_address(network, IpAddr::V4(address), 24)
-                .unwrap();
+            self.hub.plug(name, &namespace, network, address).unwrap();
             let mark = if network == "repl" {
                 ",replication"
             } else {
@@ -80,7 +72,7 @@ impl Cables {
     pub fn set(&self, machine: &str, up: bool) {
         // The replication path first: whoever connects when it comes back shall find it.
         for (network, _) in NETWORKS.iter().rev() {
-            self.hub.set_up(&hub_port(machine, network), up).unwrap();
+            self.hub.set_cable(machine, network, up).unwrap();
         }
     }
 
@@ -153,9 +145,4 @@ fn chains(arriving: &str, leaving: &str) -> String {
          chain arriving {{ type filter hook input priority 0; {arriving}; }}; \
          chain leaving {{ type filter hook output priority 0; {leaving}; }}; }}"
     )
-}
-
-/// The hub's end of a cable; the kernel allows 15 bytes.
-fn hub_port(machine: &str, network: &str) -> String {
-    format!("{machine}-{network}")
 }
