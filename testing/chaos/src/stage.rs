@@ -284,6 +284,19 @@ impl Stage {
         &self.disks[name]
     }
 
+    /// `relevo service start`, as an operator does who repaired what failed.
+    ///
+    /// # Panics
+    /// Nobody takes the order.
+    pub fn start_service(&self) {
+        eventually(HEAL_BOUND, "the service may be started", || {
+            self.daemons.values().any(|daemon| {
+                let started = daemon.is_started() && !self.stopped.contains(daemon.name());
+                started && daemon.run(&["service", "start", VOLUME]).code == 0
+            })
+        });
+    }
+
     /// Waits until another node is primary.
     ///
     /// # Panics

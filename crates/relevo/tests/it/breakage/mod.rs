@@ -6,6 +6,7 @@
 
 mod disks;
 mod kills;
+mod mixed;
 mod networks;
 mod stops;
 

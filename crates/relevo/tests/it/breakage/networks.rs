@@ -7,7 +7,7 @@ use chaos::{Direction, Stage};
 use super::{DEAD, pair, trio};
 
 /// Of the data port, by default.
-const DATA_PORT: u16 = 7622;
+pub(super) const DATA_PORT: u16 = 7622;
 
 #[test]
 fn a_secondary_is_cut_off() {
