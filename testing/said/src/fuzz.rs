@@ -96,6 +96,24 @@ pub fn mutate(random: &mut Random, bytes: &mut Vec<u8>) -> bool {
     *bytes != before
 }
 
+/// Changes bytes where they are: nothing is lost, repeated or moved. Says whether they are others now.
+pub fn spoil(random: &mut Random, bytes: &mut [u8]) -> bool {
+    let before = bytes.to_vec();
+    for _ in 0..=random.below(3) {
+        if bytes.is_empty() {
+            break;
+        }
+        let at = random.below(bytes.len());
+        let end = (at + 1 + random.below(8)).min(bytes.len());
+        match random.below(3) {
+            0 => bytes[at] ^= 1 << random.below(8),
+            1 => bytes[at..end].fill(0),
+            _ => bytes[at..end].fill_with(|| random.byte()),
+        }
+    }
+    *bytes != *before
+}
+
 fn mutate_once(random: &mut Random, bytes: &mut Vec<u8>) {
     if bytes.is_empty() {
         bytes.extend(random.bytes(64));
