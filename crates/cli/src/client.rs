@@ -13,10 +13,10 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use relevo_server::api::{
-    ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done, Event, InitAnswer,
-    InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, OrderRequest, SOCKET_NAME,
-    ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer, TokenRequest,
-    VolumeStatus,
+    AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
+    Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, OrderRequest,
+    SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
+    TokenRequest, VolumeStatus,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -124,6 +124,29 @@ impl Client {
     pub async fn make_primary(&self, volume: &str) -> Result<Done, CliError> {
         self.post(&format!("/v1/volumes/{}/primary", escape(volume)))
             .await
+    }
+
+    /// Adds a replica to a volume.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn add_replica(
+        &self,
+        volume: &str,
+        request: &AddReplicaRequest,
+    ) -> Result<Done, CliError> {
+        let path = format!("/v1/volumes/{}/replicas", escape(volume));
+        self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// Removes a replica of a volume.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn remove_replica(&self, volume: &str, node: &str) -> Result<Done, CliError> {
+        let (volume, node) = (escape(volume), escape(node));
+        let path = format!("/v1/volumes/{volume}/replicas/{node}");
+        self.call::<(), _>(Method::DELETE, &path, None).await
     }
 
     /// Sets options of a volume.

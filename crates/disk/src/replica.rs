@@ -1,6 +1,7 @@
 //! Creating and removing a replica's backing. Called by the node when the control log says so.
 //!
-//! All replicas of a new volume start in sync, so each starts as zeroes. A new file is sparse; an
+//! All replicas of a new volume start in sync, so each starts as zeroes; one that is added later says
+//! of itself that it has nothing. A new file is sparse; an
 //! existing file or device is zeroed from end to end. Nothing that may be anybody's is
 //! overwritten unless the administrator forced it.
 
@@ -12,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use relevo_format::{Backing as Found, Identity, Layout, LayoutError, Replica, Superblock};
+use relevo_format::{Backing as Found, Identity, Layout, LayoutError, Replica, Start, Superblock};
 use relevo_types::{ByteRange, Epoch, size::format_size};
 use rustix::{
     fs::{FallocateFlags, RenameFlags},
@@ -37,6 +38,8 @@ pub struct NewReplica<'a> {
     pub path: &'a Path,
     /// What it will be.
     pub replica: Replica,
+    /// What it has at its beginning.
+    pub start: Start,
     /// Size of the volume in bytes.
     pub data_size: u64,
     /// Overwrite what an existing file or device holds.
@@ -222,7 +225,7 @@ fn write_file(new: &NewReplica<'_>, layout: &Layout, to: &Path) -> Result<(), Cr
         .map_err(failed("create", to))?;
     file.set_len(layout.backing_size())
         .map_err(failed("give the needed size to", to))?;
-    write_metadata(&file, &new.replica, layout).map_err(failed("write", to))?;
+    write_metadata(&file, new, layout).map_err(failed("write", to))?;
     match rustix::fs::renameat_with(
         rustix::fs::CWD,
         to,
@@ -251,7 +254,7 @@ fn take_over(new: &NewReplica<'_>) -> Result<(), CreateError> {
         });
     }
     wipe(backing.file(), ByteRange::new(0, layout.backing_size())).map_err(failed("zero", path))?;
-    write_metadata(backing.file(), &new.replica, &layout).map_err(failed("write", path))
+    write_metadata(backing.file(), new, &layout).map_err(failed("write", path))
 }
 
 /// What would be lost by taking this backing.
@@ -298,8 +301,8 @@ fn describe(superblock: &Superblock) -> String {
     )
 }
 
-fn write_metadata(file: &File, replica: &Replica, layout: &Layout) -> io::Result<()> {
-    for (offset, bytes) in relevo_format::create(replica, layout) {
+fn write_metadata(file: &File, new: &NewReplica<'_>, layout: &Layout) -> io::Result<()> {
+    for (offset, bytes) in relevo_format::create(&new.replica, layout, new.start) {
         file.write_all_at(&bytes, offset)?;
     }
     file.sync_all()

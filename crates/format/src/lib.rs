@@ -20,7 +20,8 @@ mod superblock;
 
 pub use layout::{Layout, LayoutError, Region};
 pub use superblock::{
-    Backing, Found, Identity, Replica, Superblock, SuperblockError, identify, read_superblocks,
+    Backing, Found, Identity, Replica, Start, Superblock, SuperblockError, identify,
+    read_superblocks,
 };
 
 /// The unit of every metadata write: the smallest that disks write as one.
@@ -29,8 +30,8 @@ pub const META_BLOCK: usize = 4096;
 /// Everything that must be written to make a replica of a backing whose data and metadata areas
 /// read as zeroes: pairs of offset and bytes. Flush after them.
 #[must_use]
-pub fn create(replica: &Replica, layout: &Layout) -> Vec<(u64, Vec<u8>)> {
-    let first = Superblock::new(*replica, layout);
+pub fn create(replica: &Replica, layout: &Layout, start: Start) -> Vec<(u64, Vec<u8>)> {
+    let first = Superblock::new(*replica, layout, start);
     let mut writes: Vec<(u64, Vec<u8>)> = vec![(
         layout.activity_block(0),
         activity::encode(0, replica.identity.tag(), &[]),

@@ -32,6 +32,7 @@ const EPOCH_AT: usize = 96;
 const FLAG_CLEAN: u8 = 1;
 const FLAG_CERTAIN: u8 = 2;
 const FLAG_INCONSISTENT: u8 = 4;
+const FLAG_BLANK: u8 = 8;
 
 /// Whose replica it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -66,6 +67,15 @@ pub struct Replica {
     pub lineage: LineageId,
 }
 
+/// What a new replica has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Start {
+    /// Zeroes, like all replicas of its new volume: it is in sync.
+    Zeroes,
+    /// Nothing of a volume that is in use: it gets every block from another replica.
+    Blank,
+}
+
 /// A superblock.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Superblock {
@@ -85,6 +95,9 @@ pub struct Superblock {
     pub certain: bool,
     /// In the middle of a resync: a mix of old and new.
     pub inconsistent: bool,
+    /// Added to a volume in use and never attached yet: every block is uncertain, whatever the
+    /// bitmap says.
+    pub blank: bool,
     /// Replica slots whose bitmaps may hold anything but zeroes; bit n is slot n. Others need not
     /// be read.
     pub slots_used: u8,
@@ -134,17 +147,19 @@ pub enum Backing {
 }
 
 impl Superblock {
-    /// The first superblock of a replica, clean and certain, at epoch 0.
+    /// The first superblock of a replica, clean, at epoch 0.
     #[must_use]
-    pub const fn new(replica: Replica, layout: &Layout) -> Self {
+    pub const fn new(replica: Replica, layout: &Layout, start: Start) -> Self {
+        let blank = matches!(start, Start::Blank);
         Self {
             generation: 1,
             replica,
             layout: *layout,
             epoch: Epoch(0),
             clean: true,
-            certain: true,
-            inconsistent: false,
+            certain: !blank,
+            inconsistent: blank,
+            blank,
             slots_used: 1 << replica.slot.0,
         }
     }
@@ -168,7 +183,8 @@ impl Superblock {
         block[SLOT_AT] = self.replica.slot.0;
         block[FLAGS_AT] = flag(self.clean, FLAG_CLEAN)
             | flag(self.certain, FLAG_CERTAIN)
-            | flag(self.inconsistent, FLAG_INCONSISTENT);
+            | flag(self.inconsistent, FLAG_INCONSISTENT)
+            | flag(self.blank, FLAG_BLANK);
         block[SLOTS_USED_AT] = self.slots_used;
         put_u32(&mut block, REGION_BLOCKS_AT, REGION_BLOCKS);
         put_u64(&mut block, DATA_SIZE_AT, self.layout.data_size());
@@ -220,6 +236,7 @@ impl Superblock {
             clean: flags & FLAG_CLEAN != 0,
             certain: flags & FLAG_CERTAIN != 0,
             inconsistent: flags & FLAG_INCONSISTENT != 0,
+            blank: flags & FLAG_BLANK != 0,
             slots_used: check(
                 usize::from(slots_used) < 1 << ReplicaSlot::COUNT,
                 "slots_used",

@@ -27,7 +27,7 @@ fn created() -> Vec<u8> {
     let layout = layout();
     let mut end = vec![0; 2 * META_BLOCK];
     let first = layout.superblock_block(0);
-    for (offset, bytes) in create(&replica(), &layout) {
+    for (offset, bytes) in create(&replica(), &layout, Start::Zeroes) {
         if let Some(at) = offset.checked_sub(first) {
             let at = usize::try_from(at).unwrap();
             end[at..at + bytes.len()].copy_from_slice(&bytes);
@@ -47,7 +47,7 @@ fn superblock_golden_bytes() {
         epoch: Epoch(9),
         clean: false,
         slots_used: 0b11,
-        ..Superblock::new(replica(), &layout())
+        ..Superblock::new(replica(), &layout(), Start::Zeroes)
     };
     let block = superblock.encode();
     assert_eq!(
@@ -267,7 +267,7 @@ proptest! {
         fields in prop::collection::vec(any::<u8>(), 96),
         data_size in prop_oneof![any::<u64>(), (0u64..1 << 30).prop_map(|n| n * 4096)],
     ) {
-        let mut block = Superblock::new(replica(), &layout()).encode();
+        let mut block = Superblock::new(replica(), &layout(), Start::Zeroes).encode();
         block[16..104].copy_from_slice(&fields[..88]);
         block[56..64].copy_from_slice(&data_size.to_le_bytes());
         crate::bytes::seal(&mut block, 12);
@@ -284,14 +284,14 @@ proptest! {
         let layout = Layout::on_backing(data_size, needed + gap * 4096).unwrap();
         let superblock = Superblock {
             generation, epoch: Epoch(epoch), clean, certain, inconsistent, slots_used,
-            ..Superblock::new(replica(), &layout)
+            ..Superblock::new(replica(), &layout, Start::Zeroes)
         };
         prop_assert_eq!(Superblock::decode(&superblock.encode()), Ok(superblock));
     }
 
     #[test]
     fn one_flipped_bit_is_seen(at in 0usize..META_BLOCK, bit in 0u8..8) {
-        let mut block = Superblock::new(replica(), &layout()).encode();
+        let mut block = Superblock::new(replica(), &layout(), Start::Zeroes).encode();
         block[at] ^= 1 << bit;
         prop_assert!(Superblock::decode(&block).is_err());
     }

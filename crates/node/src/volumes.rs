@@ -250,6 +250,10 @@ impl Engines {
         };
         match self.creating.get(&id) {
             None => {
+                // One that was removed and is added again: what is here of the old one goes.
+                self.local.remove(&id);
+                self.sent.remove(&id);
+                self.engines.remove(&id);
                 self.creating.insert(id, None);
                 out.push(Effect::Volume {
                     volume: id,

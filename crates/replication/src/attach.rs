@@ -208,7 +208,7 @@ impl Attach {
         let (Some(found), Some(ring)) = (self.superblock.take(), self.ring.take()) else {
             return Err("the metadata could not be read".to_owned());
         };
-        let superblock = found.superblock;
+        let mut superblock = found.superblock;
         let layout = superblock.layout;
         let mut bitmaps = std::mem::take(&mut self.bitmaps);
         let mut remarks: Vec<String> = found.remark.into_iter().collect();
@@ -221,13 +221,18 @@ impl Attach {
                 .collect();
             if ring.valid == 0 {
                 remarks.push("the activity log is unreadable: every block is uncertain".to_owned());
-                uncertain = vec![BlockRange::new(0, layout.data_blocks())];
+                uncertain = vec![whole(&layout)];
             }
             for slot in slots_of(superblock.slots_used) {
                 for blocks in &uncertain {
                     bitmaps.set(slot, *blocks);
                 }
             }
+        }
+        if superblock.blank {
+            // From here on the bitmap says it; it is saved before the superblock is.
+            bitmaps.set(superblock.replica.slot, whole(&layout));
+            superblock.blank = false;
         }
         if self.damaged_pages > 0 {
             remarks.push(format!(
@@ -245,6 +250,10 @@ impl Attach {
             remark: (!remarks.is_empty()).then(|| remarks.join("; ")),
         })
     }
+}
+
+fn whole(layout: &Layout) -> BlockRange {
+    BlockRange::new(0, layout.data_blocks())
 }
 
 fn identity(config: &EngineConfig) -> Identity {

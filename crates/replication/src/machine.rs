@@ -162,6 +162,10 @@ impl Machine {
         }
         self.settle_proposals(cx);
         self.settle_detach(cx);
+        if self.detach == Some(Detach::Done) {
+            // The backing is somebody else's from now on, whatever came meanwhile.
+            return;
+        }
         self.pump_metadata(cx);
         self.tell_peer_states(cx);
     }

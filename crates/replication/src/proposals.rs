@@ -8,7 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use relevo_types::{
-    Epoch, NodeId, Time,
+    BlockRange, Epoch, NodeId, Time,
     cluster::{Volume, VolumeChange},
 };
 use relevo_wire::Message;
@@ -112,18 +112,18 @@ impl Machine {
         }
         if known.is_some_and(|known| volume.epoch == known.epoch) {
             // Only what the administrator chose, or a replica that is not in the set.
-            self.volume = Some(volume);
-            self.use_slots(self.other_slots());
+            self.take_config(volume);
             return;
         }
+        self.forget_removed_peers(cx, &volume);
+        let known = self.volume.as_ref();
         let new_reign = known.is_none_or(|known| known.primary != volume.primary);
         let me = self.node();
         // One that names this node is over if a later primary was heard of in band.
         let named = volume.primary == Some(me) && volume.epoch >= self.seen_epoch();
         let member = volume.in_sync.contains(&me);
         let (epoch, alone) = (volume.epoch, volume.in_sync.len() == 1);
-        self.volume = Some(volume);
-        self.use_slots(self.other_slots());
+        self.take_config(volume);
         if !named {
             self.stepping_down = false;
             self.close(cx, "the control log names another primary, or none");
@@ -157,6 +157,43 @@ impl Machine {
                 self.begin_promotion(cx, cx.now);
             }
         }
+    }
+
+    fn take_config(&mut self, volume: Arc<Volume>) {
+        let before = self.volume.as_ref().map(|_| self.other_slots());
+        self.volume = Some(volume);
+        let others = self.other_slots();
+        self.use_slots(others);
+        // A new replica lacks everything and says so itself; what is under way was routed without it.
+        let added = before.map_or(0, |before| others & !before);
+        let under_way: Vec<BlockRange> = match self.primary() {
+            Some(primary) if added != 0 => primary.writes.values().map(|it| it.blocks).collect(),
+            _ => Vec::new(),
+        };
+        for blocks in under_way {
+            self.mark_dirty(added, blocks);
+        }
+    }
+
+    /// Peers whose replica was removed, or made anew under another slot. While the old slot is known: it
+    /// may be another replica's next.
+    fn forget_removed_peers(&mut self, cx: &mut Cx<'_>, volume: &Volume) {
+        let removed: Vec<NodeId> = self
+            .links
+            .keys()
+            .copied()
+            .filter(|peer| {
+                let known = self.slot(*peer);
+                known.is_some() && volume.slot(*peer) != known
+            })
+            .collect();
+        for peer in removed {
+            self.close_link(cx, peer, "its replica was removed".to_owned());
+        }
+        self.standalone
+            .retain(|peer, _| volume.replicas.contains_key(peer));
+        self.told_peers
+            .retain(|peer, _| volume.replicas.contains_key(peer));
     }
 
     /// The epoch of a configuration is durable: an open primary acts under it from now on.
@@ -236,22 +273,29 @@ impl Machine {
         Some((volume.epoch, change?))
     }
 
-    /// Who must leave the in-sync set: members without an in-sync session, and peers without a
-    /// session that a pending join might still make members.
+    /// Who must leave the in-sync set: members without an in-sync session, or whose replica shall go,
+    /// and peers without a session that a pending join might still make members.
     fn leavers(&self) -> Vec<NodeId> {
         let Some(primary) = self.primary() else {
             return Vec::new();
         };
         let stage = |node: &NodeId| Some(self.links.get(node)?.session.as_ref()?.stage);
+        let stays = |node: &NodeId| stage(node) == Some(Stage::InSync) && !self.is_leaving(*node);
         let members = primary
             .in_sync
             .iter()
-            .filter(|node| **node != self.node() && stage(node) != Some(Stage::InSync));
+            .filter(|node| **node != self.node() && !stays(node));
         let joiners = primary
             .pending_joins
             .keys()
             .filter(|node| stage(node).is_none());
         members.chain(joiners).copied().collect()
+    }
+
+    /// Whether a peer's replica shall go.
+    pub(crate) fn is_leaving(&self, peer: NodeId) -> bool {
+        let volume = self.volume.as_ref();
+        volume.is_some_and(|volume| volume.replicas.get(&peer).is_some_and(|it| it.leaving))
     }
 
     fn joiner(&self) -> Option<NodeId> {
@@ -260,6 +304,7 @@ impl Machine {
         }
         self.links
             .iter()
+            .filter(|(peer, _)| !self.is_leaving(**peer))
             .find(|(_, link)| {
                 link.session
                     .as_ref()

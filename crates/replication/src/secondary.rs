@@ -381,7 +381,10 @@ impl Machine {
         self.saw_epoch(epoch);
         // What this replica alone may have seen of the last reign, or does not know to be
         // complete, the replicas outside the set may lack.
-        let outside = self.other_slots() & !in_sync;
+        // Slots used before too: this node may not know yet of a replica that was added.
+        self.use_slots(in_sync);
+        let used = self.meta.superblock.slots_used & !mask(own);
+        let outside = (self.other_slots() | used) & !in_sync;
         self.use_slots(outside);
         let tail: Vec<BlockRange> = self.tail.blocks().collect();
         for blocks in tail {

@@ -139,7 +139,7 @@ impl Machine {
         greeted
             && !self.stepping_down
             && volume.epoch == primary.epoch
-            && volume.replicas.contains_key(&peer)
+            && volume.replicas.get(&peer).is_some_and(|it| !it.leaving)
             && !primary.in_sync.contains(&peer)
             && !primary.pending_joins.contains_key(&peer)
     }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 /// Every mark, with what it stands for. Asserted over a batch.
 pub const ALL: &[&str] = &[
     "a write was acknowledged",
+    "a replica was added to a volume in use",
     "an operator suspended I/O",
     "an operator disconnected a replica",
     "a read was held while the lease was over",

@@ -38,6 +38,8 @@ pub enum Fault {
     MoveService,
     /// An operator suspends I/O or disconnects a replica for a while.
     Orders,
+    /// An operator removes a replica and adds it again, empty.
+    Replicas,
 }
 
 impl Fault {
@@ -59,6 +61,7 @@ impl Fault {
         Self::Switchover,
         Self::Restart,
         Self::Orders,
+        Self::Replicas,
     ];
 }
 

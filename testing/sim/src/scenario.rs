@@ -15,7 +15,7 @@ pub struct Planted(pub PlantedBug);
 
 impl Planted {
     /// Every one, with its name on the command line.
-    pub const ALL: [(PlantedBug, &'static str); 5] = [
+    pub const ALL: &'static [(PlantedBug, &'static str)] = &[
         (
             PlantedBug::AckBeforeLeaveCommitted,
             "ack-before-leave-committed",

@@ -4,6 +4,7 @@ mod cluster;
 mod daemon;
 mod events;
 mod order;
+mod replica;
 mod role;
 mod service;
 mod status;

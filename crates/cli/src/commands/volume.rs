@@ -18,6 +18,9 @@ pub enum VolumeVerb {
     Create(CreateArgs),
     /// List the volumes
     List,
+    /// Add, remove or move replicas while the volume is in use
+    #[command(subcommand)]
+    Replica(super::replica::ReplicaVerb),
     /// Choose how a volume behaves: `relevo volume set mail on-io-error=pass_on`
     Set {
         /// Name of the volume
@@ -72,6 +75,7 @@ pub(super) async fn run(context: &Context, verb: VolumeVerb) -> Result<ExitCode,
             context.print(&volumes, |volumes| render::volume_list(volumes))?;
             Ok(ExitCode::SUCCESS)
         }
+        VolumeVerb::Replica(verb) => super::replica::run(context, verb).await,
         VolumeVerb::Set { name, options } => {
             let request = SetOptionsRequest { options };
             let done = context.client.set_options(&name, &request).await?;
@@ -115,7 +119,7 @@ fn parse_option(text: &str) -> Result<(String, String), String> {
     Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
-fn parse_replica(text: &str) -> Result<ReplicaRequest, String> {
+pub(super) fn parse_replica(text: &str) -> Result<ReplicaRequest, String> {
     let (node, backing) = match text.split_once('=') {
         None => (text, None),
         Some((node, path)) => (node, Some(PathBuf::from(path))),

@@ -188,6 +188,7 @@ impl Cluster {
         create_replica(&NewReplica {
             path: &self.backing(node),
             replica,
+            start: relevo_format::Start::Zeroes,
             data_size: SIZE,
             force: false,
         })

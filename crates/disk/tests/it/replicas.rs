@@ -28,6 +28,7 @@ fn create(path: &Path, volume: u32, force: bool) -> Result<(), CreateError> {
     create_replica(&NewReplica {
         path,
         replica: replica(volume),
+        start: relevo_format::Start::Zeroes,
         data_size: SIZE,
         force,
     })
@@ -133,6 +134,7 @@ fn sizes_that_cannot_be_are_refused_with_numbers() {
         let new = NewReplica {
             path: &path,
             replica: replica(1),
+            start: relevo_format::Start::Zeroes,
             data_size,
             force: false,
         };

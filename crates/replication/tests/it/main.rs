@@ -4,6 +4,7 @@ mod disk;
 mod knowledge;
 mod nonsense;
 mod orders;
+mod replicas;
 mod scenarios;
 mod storm;
 mod world;

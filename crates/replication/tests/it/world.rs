@@ -8,14 +8,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use relevo_format::{Identity, Layout, Replica, create};
+use relevo_format::{Identity, Layout, Replica, Start, create};
 use relevo_replication::{
     AppRequest, DiskError, DiskOp, Effect, Engine, EngineConfig, EngineStatus, Input, Order,
     OrderId, ReplyError, RequestId, VolumeEvent, lab::Lab,
 };
 use relevo_types::{
-    BlockRange, ByteRange, ClusterId, Epoch, Instance, LineageId, NodeId, Sensitivity, Time,
-    VolumeId,
+    BlockRange, ByteRange, ClusterId, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Sensitivity,
+    Time, VolumeId,
     cluster::{
         ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Ports, Proof, Protocol,
         ReplicaSpec, Volume, VolumeChange,
@@ -159,6 +159,25 @@ fn control_state(nodes: u32, size: u64) -> ClusterState {
     state
 }
 
+/// A disk with a new replica.
+fn formatted(node: NodeId, slot: ReplicaSlot, layout: &Layout, start: Start) -> Disk {
+    let mut disk = Disk::default();
+    let replica = Replica {
+        identity: Identity {
+            cluster: ClusterId([9; 16]),
+            volume: V,
+            node,
+        },
+        slot,
+        lineage: LINEAGE,
+    };
+    for (offset, bytes) in create(&replica, layout, start) {
+        disk.write(offset, &bytes);
+    }
+    disk.flush();
+    disk
+}
+
 impl World {
     /// Engines attached and linked, no primary.
     pub(crate) fn new(nodes: u32, blocks: u64, seed: u64) -> Self {
@@ -196,20 +215,7 @@ impl World {
             control,
         };
         for (node, replica) in world.volume().replicas.clone() {
-            let mut disk = Disk::default();
-            let replica = Replica {
-                identity: Identity {
-                    cluster: ClusterId([9; 16]),
-                    volume: V,
-                    node,
-                },
-                slot: replica.slot,
-                lineage: LINEAGE,
-            };
-            for (offset, bytes) in create(&replica, &layout) {
-                disk.write(offset, &bytes);
-            }
-            disk.flush();
+            let disk = formatted(node, replica.slot, &layout, Start::Zeroes);
             let machine = Machine {
                 engine: None,
                 disk,
@@ -532,6 +538,39 @@ impl World {
         for node in self.nodes.values_mut() {
             node.configs.push_back(volume.clone());
         }
+    }
+
+    /// Applies a command and tells every node.
+    pub(crate) fn command(&mut self, command: &Command) {
+        self.apply_control(command);
+        self.note(|| format!("control: {command:?}"));
+        self.publish();
+    }
+
+    /// Takes a node's replica away with its disk.
+    pub(crate) fn remove_replica(&mut self, node: NodeId) {
+        self.command(&Command::RemoveReplica { volume: V, node });
+        self.crash(node, true);
+        self.node(node).disk = Disk::default();
+    }
+
+    /// Makes a replica on a node that had one; it has nothing.
+    pub(crate) fn add_replica(&mut self, node: NodeId) {
+        let replica = ReplicaSpec {
+            node,
+            protocol: Protocol::C,
+            backing: None,
+            force: false,
+        };
+        self.command(&Command::AddReplica {
+            volume: V,
+            replica,
+            replaces: None,
+        });
+        let slot = self.volume().slot(node).unwrap();
+        self.node(node).disk = formatted(node, slot, &self.layout.clone(), Start::Blank);
+        self.command(&Command::ReplicaCreated { volume: V, node });
+        self.start(node);
     }
 
     pub(crate) fn evict(&mut self, node: NodeId) {

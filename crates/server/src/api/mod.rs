@@ -11,10 +11,10 @@ pub mod status;
 
 pub use error::{ApiError, ErrorKind};
 pub use request::{
-    AddressRequest, CreateServiceRequest, CreateVolumeRequest, Done, InitAnswer, InitRequest,
-    JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest, OrderRequest,
-    PartRequest, PathRequest, ProcessRequest, ReplicaRequest, SetOptionsRequest, StandbyRequest,
-    TokenAnswer, TokenRequest, VolumePartRequest,
+    AddReplicaRequest, AddressRequest, CreateServiceRequest, CreateVolumeRequest, Done, InitAnswer,
+    InitRequest, JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest,
+    OrderRequest, PartRequest, PathRequest, ProcessRequest, ReplicaRequest, SetOptionsRequest,
+    StandbyRequest, TokenAnswer, TokenRequest, VolumePartRequest,
 };
 pub use status::{
     ClusterStatus, DaemonStatus, Event, EventKind, EventLevel, FailureStatus, Health, LeaseStatus,

@@ -133,6 +133,20 @@ pub struct ReplicaRequest {
     pub backing: Option<PathBuf>,
 }
 
+/// `POST /v1/volumes/{name}/replicas`. Answered when the replica exists; it is filled after that.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddReplicaRequest {
+    /// The replica.
+    pub replica: ReplicaRequest,
+    /// Node of the replica that it takes the place of; that one is removed when this one is in sync.
+    #[serde(default)]
+    pub replaces: Option<String>,
+    /// Take a backing that holds foreign data.
+    #[serde(default)]
+    pub force: bool,
+}
+
 /// `POST /v1/volumes/{name}/options`
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -15,10 +15,10 @@ use serde::{Deserialize, de::DeserializeOwned};
 use tokio::sync::broadcast;
 
 use super::{
-    ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done, ErrorKind, Event,
-    InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, OrderRequest,
-    ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer, TokenRequest,
-    VolumeStatus,
+    AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
+    ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest,
+    OrderRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
+    TokenRequest, VolumeStatus,
 };
 use crate::app::App;
 
@@ -41,6 +41,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}", delete(remove_volume))
         .route("/v1/volumes/{name}/primary", post(make_primary))
         .route("/v1/volumes/{name}/secondary", post(make_secondary))
+        .route("/v1/volumes/{name}/replicas", post(add_replica))
+        .route("/v1/volumes/{name}/replicas/{node}", delete(remove_replica))
         .route("/v1/volumes/{name}/options", post(set_options))
         .route("/v1/volumes/{name}/order", post(order))
         .route("/v1/services", get(services).post(create_service))
@@ -129,6 +131,24 @@ async fn make_primary(State(app): State<Arc<App>>, Path(name): Path<String>) -> 
 async fn make_secondary(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
     let cluster = app.running()?;
     to_the_end(async move { cluster.make_secondary(&name).await }).await
+}
+
+async fn add_replica(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: AddReplicaRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.add_replica(&name, request).await }).await
+}
+
+async fn remove_replica(
+    State(app): State<Arc<App>>,
+    Path((name, node)): Path<(String, String)>,
+) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.remove_replica(&name, &node).await }).await
 }
 
 async fn set_options(

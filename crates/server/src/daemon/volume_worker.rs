@@ -11,6 +11,7 @@ use relevo_datapath::{
     DatapathEvent, NbdAddress, SpawnError, VolumeHandle, VolumeThread, VolumeThreadConfig,
 };
 use relevo_disk::{NewReplica, OpenError, create_replica, remove_replica};
+use relevo_format::Start;
 use relevo_node::Input;
 use relevo_replication::{DiskState, EngineStatus, VolumeEvent};
 use relevo_transport::EstablishedLink;
@@ -162,7 +163,11 @@ impl Worker {
         });
     }
 
-    fn try_create(&self, spec: &ReplicaSpec, volume: &Volume) -> Result<(), String> {
+    fn try_create(&mut self, spec: &ReplicaSpec, volume: &Volume) -> Result<(), String> {
+        // It was removed and is added again before this node heard of it.
+        if self.shared.replica(self.volume).is_some() && volume.is_created() {
+            self.remove();
+        }
         let ours = spec.backing.is_none();
         let backing = match &spec.backing {
             Some(path) => path.clone(),
@@ -194,6 +199,11 @@ impl Worker {
                 identity: self.identity(),
                 slot,
                 lineage: volume.lineage,
+            },
+            start: if volume.is_created() {
+                Start::Blank
+            } else {
+                Start::Zeroes
             },
             data_size: volume.size,
             force: spec.force,

@@ -3,6 +3,7 @@
 
 mod node;
 mod order;
+mod replica;
 mod service;
 mod volume;
 

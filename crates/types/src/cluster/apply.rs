@@ -1,5 +1,7 @@
 //! Applying commands: the one place where the replicated state changes.
 
+mod replicas;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
@@ -92,6 +94,12 @@ impl ClusterState {
                 node,
                 reason,
             } => self.replica_created(*volume, *node, ReplicaStanding::Failed(reason.clone())),
+            Command::AddReplica {
+                volume,
+                replica,
+                replaces,
+            } => self.add_replica(*volume, replica, *replaces),
+            Command::RemoveReplica { volume, node } => self.remove_replica(*volume, *node),
             Command::RemoveVolume { volume } => self.remove_volume(*volume),
             Command::SetVolumeOptions {
                 volume,
@@ -235,7 +243,7 @@ impl ClusterState {
         {
             return Err(in_use(
                 format!("has a replica of volume `{}`", volume.name),
-                "remove the volume first",
+                "move it with `relevo volume replica move`, or remove it",
             ));
         }
         self.nodes.remove(&id);
@@ -276,6 +284,7 @@ impl ClusterState {
             .filter(|volume| volume.primary == Some(id))
         {
             volume.primary = None;
+            volume.drop_leavers();
             volume.epoch = volume.epoch.next();
             volume.version += 1;
         }
@@ -319,6 +328,8 @@ impl ClusterState {
                 slot: ReplicaSlot(slot),
                 standing: ReplicaStanding::Creating,
                 joined: Epoch(0),
+                replaces: None,
+                leaving: false,
             };
             if replicas.insert(spec.node, replica).is_some() {
                 let why = format!(
@@ -476,6 +487,7 @@ impl ClusterState {
                 volume.in_sync.insert(*node);
             }
         }
+        volume.drop_leavers();
         volume.epoch = epoch;
         volume.version += 1;
         if let VolumeChange::Join { node } = change {

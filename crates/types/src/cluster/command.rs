@@ -98,6 +98,24 @@ pub enum Command {
         /// What happened and what to do.
         reason: String,
     },
+    /// One more replica of a volume that is in use. Its node creates it; it gets everything by resync.
+    AddReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// What is asked for.
+        replica: ReplicaSpec,
+        /// The replica that it takes the place of.
+        replaces: Option<NodeId>,
+    },
+    /// A replica goes for good, with its data. Rejected for the primary's and for the last one in
+    /// sync. Another one in sync stays until the primary let it leave the in-sync set: only an open
+    /// primary knows that nothing is on that replica alone.
+    RemoveReplica {
+        /// The volume.
+        volume: VolumeId,
+        /// Its node.
+        node: NodeId,
+    },
     /// Removes a volume. Rejected while a service uses it or it has a primary.
     RemoveVolume {
         /// The volume.
@@ -301,6 +319,14 @@ pub enum Rejection {
     LastInSync,
     #[error("node {node} has no replica of the volume")]
     NoReplica { node: NodeId },
+    #[error(
+        "node {node} is primary of the volume; move the service or run `relevo secondary` there first"
+    )]
+    ReplicaOfPrimary { node: NodeId },
+    #[error(
+        "the replica on node {node} is the only one that has all data; wait until another is in sync, or remove the volume"
+    )]
+    OnlyGoodReplica { node: NodeId },
     #[error("volume `{volume}` is used by service `{service}`; remove the service first")]
     VolumeInUse { volume: String, service: String },
     #[error("{why}")]

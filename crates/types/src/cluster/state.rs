@@ -184,6 +184,10 @@ pub struct Replica {
     pub standing: ReplicaStanding,
     /// The epoch at which it last joined the in-sync set.
     pub joined: Epoch,
+    /// It takes the place of the replica on that node, which starts leaving when this one is in sync.
+    pub replaces: Option<NodeId>,
+    /// It shall go. The primary first lets it leave the in-sync set; outside of it, it is removed.
+    pub leaving: bool,
 }
 
 /// Whether a replica's backing exists.

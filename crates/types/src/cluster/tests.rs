@@ -5,10 +5,10 @@ use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
 };
 
-const A: NodeId = NodeId(1);
-const B: NodeId = NodeId(2);
+pub(super) const A: NodeId = NodeId(1);
+pub(super) const B: NodeId = NodeId(2);
 const W: NodeId = NodeId(3);
-const V: VolumeId = VolumeId(1);
+pub(super) const V: VolumeId = VolumeId(1);
 const S: ServiceId = ServiceId(1);
 
 fn spec(name: &str, kind: NodeKind) -> NodeSpec {
@@ -24,7 +24,7 @@ fn spec(name: &str, kind: NodeKind) -> NodeSpec {
     }
 }
 
-fn replica(node: NodeId) -> ReplicaSpec {
+pub(super) fn replica(node: NodeId) -> ReplicaSpec {
     ReplicaSpec {
         node,
         protocol: Protocol::C,
@@ -94,6 +94,28 @@ fn with_volume() -> ClusterState {
         .apply(&Command::ReplicaCreated { volume: V, node: B })
         .unwrap();
     assert_eq!(state.volumes[&V].epoch, Epoch(1));
+    state
+}
+
+/// With one more data node, which has no replica.
+pub(super) fn with_three_data_nodes(fourth: NodeId) -> ClusterState {
+    let mut state = with_volume();
+    let token = JoinToken {
+        kind: None,
+        expires_unix_s: 100,
+    };
+    let hash = "d".to_owned();
+    let create = Command::CreateToken {
+        hash: hash.clone(),
+        token,
+    };
+    state.apply(&create).unwrap();
+    let join = Command::Join {
+        hash,
+        now_unix_s: 99,
+        node: spec("d", NodeKind::Data),
+    };
+    assert_eq!(state.apply(&join), Ok(Outcome::Node(fourth)));
     state
 }
 

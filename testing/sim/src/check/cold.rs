@@ -99,6 +99,9 @@ impl ColdRegions {
         else {
             return all;
         };
+        if found.superblock.blank {
+            return all;
+        }
         let slot = found.superblock.replica.slot;
         let mut blocks = Vec::new();
         let pages = disk.view_bytes(self.layout.bitmap_of(slot));

@@ -60,6 +60,8 @@ pub(super) struct Machine {
     pub(super) disk_effects: u64,
     /// The end of its lease by its own word, in virtual time. Layer 2.
     pub(super) lease_until: Time,
+    /// False while an operator replaces its replica.
+    pub(super) has_replica: bool,
     /// What its manager's doings leave on the machine. Layer 2.
     pub(super) kept: Kept,
     pub(super) incarnations: u64,
@@ -114,6 +116,7 @@ impl Machine {
             log_away_until: Time::ZERO,
             disk_effects: 0,
             lease_until: Time::ZERO,
+            has_replica: true,
             kept: Kept::default(),
             incarnations: 0,
         }

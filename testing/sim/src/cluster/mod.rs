@@ -11,6 +11,7 @@ mod load;
 mod machine;
 mod managed;
 mod operator;
+mod replicas;
 mod trouble;
 mod verify;
 
@@ -112,6 +113,8 @@ enum Event {
         node: Index,
         order: relevo_replication::Order,
     },
+    /// An operator looks how far the replacement of a replica is.
+    Replaced,
     /// The workload holds back for a moment.
     Hush,
     /// The workload goes on.
@@ -167,6 +170,7 @@ pub struct Cluster {
     /// Failed disks are being repaired.
     repairing: bool,
     last_order: u64,
+    replaced: Option<replicas::Replaced>,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
     /// A part or a disk failed: a person has to say `service start` after the repair. Layer 2.
@@ -234,7 +238,14 @@ impl Cluster {
         for index in 0..scenario.nodes() {
             let id = node_id(index);
             let disk = if index < scenario.data_nodes {
-                backing(&scenario, id, &control, lineage).map_err(setup)?
+                backing(
+                    &scenario,
+                    id,
+                    &control,
+                    lineage,
+                    relevo_format::Start::Zeroes,
+                )
+                .map_err(setup)?
             } else {
                 (Disk::new(0), None)
             };
@@ -269,6 +280,7 @@ impl Cluster {
             compared: false,
             repairing: false,
             last_order: 0,
+            replaced: None,
             target: None,
             person_needed: false,
             leader: None,
@@ -445,6 +457,7 @@ impl Cluster {
             Event::Trouble => self.trouble(),
             Event::Start(node) => self.start(node),
             Event::Resume(node) => self.resume(node),
+            Event::Replaced => self.replace_replica(),
             Event::Order { node, order } => self.order(node, order),
             Event::Heal(directions) => {
                 for (plane, from, to) in directions {
@@ -524,7 +537,7 @@ impl Cluster {
         }
         self.trace.node(now, node, || "start".to_owned());
         self.leases.started(node, now);
-        let has_replica = node < self.scenario.data_nodes;
+        let has_replica = node < self.scenario.data_nodes && self.machines[node].has_replica;
         let lab = Lab {
             hot_regions_max: self.scenario.active_regions,
             planted: self.scenario.planted.map(|planted| planted.0),
@@ -627,6 +640,7 @@ fn backing(
     node: NodeId,
     control: &Control,
     lineage: LineageId,
+    start: relevo_format::Start,
 ) -> Result<(Disk, Option<ColdRegions>), String> {
     let layout = relevo_format::Layout::new(scenario.blocks * BLOCK_SIZE)
         .map_err(|error| error.to_string())?;
@@ -640,7 +654,7 @@ fn backing(
         lineage,
     };
     let mut disk = Disk::new(layout.backing_size());
-    for (offset, bytes) in relevo_format::create(&replica, &layout) {
+    for (offset, bytes) in relevo_format::create(&replica, &layout, start) {
         disk.install(offset, &bytes.into());
     }
     let cold = ColdRegions::new(layout, replica.identity.tag());

@@ -84,6 +84,7 @@ impl Cluster {
             }
             Fault::Switchover => return self.switchover(),
             Fault::Restart => return self.restart(data),
+            Fault::Replicas => self.remove_replica(data),
             Fault::Orders => return self.give_orders(data),
             Fault::MoveService => self.move_service(data),
         }
@@ -252,7 +253,7 @@ impl Cluster {
     }
 
     /// The operator moves the role to another node, perhaps twice in a row.
-    fn switchover(&mut self) -> Verdict {
+    pub(super) fn switchover(&mut self) -> Verdict {
         let Some(primary) = self.open_primary() else {
             return Ok(());
         };

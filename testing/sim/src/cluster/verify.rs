@@ -119,6 +119,7 @@ impl Cluster {
 
     fn is_whole(&self) -> bool {
         self.load.writes_answered >= 3
+            && (self.replaced.is_none() || self.scenario.repair_late && !self.repairing)
             && self.all_in_sync()
             && self.open_primary().is_some()
             && (!self.scenario.managed || self.service_runs())
@@ -206,6 +207,7 @@ impl Cluster {
             equal::check(self.scenario.blocks, disk(primary), disk(*node))?;
         }
         let outside: Vec<Index> = (0..self.scenario.data_nodes)
+            .filter(|node| volume.replicas.contains_key(&node_id(*node)))
             .filter(|node| !volume.in_sync.contains(&node_id(*node)))
             .collect();
         for node in outside {
