@@ -2,7 +2,7 @@
 //! what it was, and what was not damaged is found.
 
 use relevo_format::{
-    Backing, Identity, Layout, META_BLOCK, Region, Replica, Superblock,
+    Backing, Identity, Layout, META_BLOCK, Region, Replica, Start, Superblock,
     activity::{self, RING_BLOCKS},
     bitmap::{self, Copies, PageId, WORDS},
     create, identify, read_superblocks,
@@ -56,7 +56,7 @@ fn slots(random: &mut Random) -> (Vec<u8>, [Superblock; 2]) {
         certain: random.one_in(2),
         inconsistent: random.one_in(2),
         slots_used: u8::try_from(random.below(128)).unwrap(),
-        ..Superblock::new(replica(), &layout)
+        ..Superblock::new(replica(), &layout, Start::Zeroes)
     };
     let second = Superblock {
         generation: first.generation + 1,
@@ -223,7 +223,7 @@ fn any_bytes_are_read_without_a_panic() {
             random.bytes(3 * META_BLOCK)
         } else {
             let mut area = Vec::new();
-            for (_, block) in create(&replica(), &layout) {
+            for (_, block) in create(&replica(), &layout, Start::Zeroes) {
                 area.extend(block);
             }
             area
