@@ -235,6 +235,17 @@ impl Daemon {
         Answer::from(output)
     }
 
+    /// Starts a verb that takes a while.
+    ///
+    /// # Panics
+    /// The program can't be started.
+    #[must_use]
+    pub fn begin(&self, args: &[&str]) -> std::process::Child {
+        let mut command = Command::new(&self.program);
+        command.args(args).arg("--state-dir").arg(&self.state_dir);
+        command.spawn().unwrap()
+    }
+
     /// Runs a verb that must work.
     ///
     /// # Panics

@@ -275,6 +275,54 @@ impl Stage {
         self.stopped.remove(name);
     }
 
+    /// Says something to a node's daemon, which must do it.
+    ///
+    /// # Panics
+    /// It is refused.
+    pub fn say(&self, name: &str, args: &[&str]) -> String {
+        self.daemons[name].ok(args)
+    }
+
+    /// Says something to a node's daemon that takes a while.
+    ///
+    /// # Panics
+    /// The program can't be started.
+    #[must_use]
+    pub fn begin(&self, name: &str, args: &[&str]) -> std::process::Child {
+        self.daemons[name].begin(args)
+    }
+
+    /// Says something to a node's daemon, which must refuse it; gives its words.
+    ///
+    /// # Panics
+    /// It is done.
+    pub fn expect_refusal(&self, name: &str, args: &[&str]) -> String {
+        self.daemons[name].refused(args)
+    }
+
+    /// Waits until exactly these nodes have a replica, and nothing is left on the others.
+    ///
+    /// # Panics
+    /// It does not happen.
+    pub fn expect_replicas_on(&self, names: &[&str]) {
+        let what = format!("the replicas are on {names:?} alone");
+        eventually(HEAL_BOUND, &what, || {
+            let volume = self.volume();
+            let replicas = volume["replicas"].as_array().cloned().unwrap_or_default();
+            let listed: BTreeSet<&str> = replicas
+                .iter()
+                .filter_map(|replica| replica["node"].as_str())
+                .collect();
+            let has_file = |name: &String| {
+                let pool = self.site.path().join(name).join("pool");
+                std::fs::read_dir(pool).is_ok_and(|files| files.count() > 0)
+            };
+            let kept = self.data_nodes.iter().filter(|name| has_file(name));
+            let wanted: BTreeSet<&str> = names.iter().copied().collect();
+            listed == wanted && kept.map(String::as_str).collect::<BTreeSet<_>>() == wanted
+        });
+    }
+
     /// A node's disk, on a stage with disks that fail.
     ///
     /// # Panics

@@ -49,15 +49,27 @@ pub(crate) struct Mailbox {
 }
 
 impl Mailbox {
-    pub(crate) fn order(&self, order: VolumeOrder) {
+    /// False: the worker has ended and takes nothing any more.
+    pub(crate) fn order(&self, order: VolumeOrder) -> bool {
         let mut wishes = self.lock();
+        if wishes.closed {
+            return false;
+        }
         match order {
             VolumeOrder::Config(volume) => wishes.config = Some(volume),
             VolumeOrder::Demote => wishes.demote = true,
             VolumeOrder::CreateReplica { spec, volume } => wishes.create = Some((spec, volume)),
-            VolumeOrder::RemoveReplica => wishes.remove = true,
+            VolumeOrder::RemoveReplica => {
+                // Whatever was wished before is about the replica that goes.
+                *wishes = Wishes {
+                    remove: true,
+                    close: wishes.close,
+                    ..Wishes::default()
+                };
+            }
         }
         self.changed.notify_all();
+        true
     }
 
     pub(crate) fn lease(&self, until: Time) {
@@ -110,10 +122,15 @@ impl Mailbox {
         std::mem::take(&mut wishes)
     }
 
-    /// The worker ended.
-    pub(super) fn set_closed(&self) {
-        self.lock().closed = true;
+    /// The worker ends, unless the replica is wanted again already.
+    pub(super) fn set_closed(&self) -> bool {
+        let mut wishes = self.lock();
+        if wishes.create.is_some() && !wishes.close {
+            return false;
+        }
+        wishes.closed = true;
         self.changed.notify_all();
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, Wishes> {

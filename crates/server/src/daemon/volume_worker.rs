@@ -106,6 +106,11 @@ impl Worker {
             } else {
                 self.soon.saturating_sub(1)
             };
+            // First: it is about the replica there was, what else is wished about the next one.
+            let gone = wishes.remove && wishes.create.is_none();
+            if wishes.remove {
+                self.remove();
+            }
             if let Some((spec, volume)) = wishes.create {
                 self.create(&spec, &volume);
             }
@@ -134,15 +139,11 @@ impl Worker {
                 self.thread_died(&reason);
             }
             self.pass_on(None);
-            if wishes.remove {
-                self.remove();
-                self.shared.forget(self.volume);
-            }
             if wishes.close {
                 self.close();
             }
-            if wishes.remove || wishes.close {
-                self.mailbox.set_closed();
+            if (gone || wishes.close) && self.mailbox.set_closed() {
+                self.shared.forget(self.volume, &self.mailbox);
                 return;
             }
         }

@@ -164,8 +164,12 @@ impl Volumes {
 
     /// Takes an order of the node manager. Does not wait.
     pub(crate) fn order(&self, volume: VolumeId, order: VolumeOrder) {
-        if let Some(mailbox) = self.mailbox(volume) {
-            mailbox.order(order);
+        while let Some(mailbox) = self.mailbox(volume) {
+            if mailbox.order(order.clone()) {
+                return;
+            }
+            // The worker of a replica that was removed; a new one starts for the next.
+            self.shared.forget(volume, &mailbox);
         }
     }
 
@@ -392,9 +396,15 @@ impl Shared {
         }
     }
 
-    /// Forgets a volume that was removed.
-    pub(crate) fn forget(&self, volume: VolumeId) {
-        lock(&self.volumes).remove(&volume);
+    /// Forgets a volume whose worker ended.
+    pub(crate) fn forget(&self, volume: VolumeId, mailbox: &Arc<Mailbox>) {
+        let mut volumes = lock(&self.volumes);
+        if volumes
+            .get(&volume)
+            .is_some_and(|known| Arc::ptr_eq(&known.mailbox, mailbox))
+        {
+            volumes.remove(&volume);
+        }
     }
 
     pub(crate) fn dialer(&self) -> Option<Dialer> {

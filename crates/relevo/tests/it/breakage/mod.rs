@@ -8,6 +8,7 @@ mod disks;
 mod kills;
 mod mixed;
 mod networks;
+mod replicas;
 mod stops;
 
 use std::time::Duration;

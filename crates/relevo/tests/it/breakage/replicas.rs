@@ -1,0 +1,71 @@
+//! Replicas that come and go under load.
+
+use chaos::Stage;
+
+use super::trio;
+
+#[test]
+fn a_replica_is_removed_and_added_under_load() {
+    let plan = trio("a_replica_is_removed_and_added_under_load");
+    Stage::play(&plan, |stage, _| {
+        let primary = stage.primary();
+        let victim = stage.secondary();
+        let refused =
+            stage.expect_refusal(&primary, &["volume", "replica", "remove", "mail", &primary]);
+        assert!(refused.contains("is primary of the volume"), "{refused}");
+        stage.say(&primary, &["volume", "replica", "remove", "mail", &victim]);
+        let rest: Vec<&str> = stage
+            .data_nodes()
+            .iter()
+            .map(String::as_str)
+            .filter(|name| *name != victim)
+            .collect();
+        stage.expect_replicas_on(&rest);
+        stage.expect_progress();
+        stage.say(&victim, &["volume", "replica", "add", "mail", &victim]);
+    });
+}
+
+#[test]
+fn a_replica_is_moved_under_load() {
+    Stage::play(&trio("a_replica_is_moved_under_load"), |stage, _| {
+        let primary = stage.primary();
+        let from = stage.secondary();
+        let names: Vec<String> = stage.data_nodes().to_vec();
+        let to = names
+            .iter()
+            .find(|name| **name != primary && **name != from)
+            .unwrap();
+        stage.say(&primary, &["volume", "replica", "remove", "mail", to]);
+        stage.expect_replicas_on(&[&primary, &from]);
+        stage.say(&primary, &["volume", "replica", "move", "mail", &from, to]);
+        stage.expect_replicas_on(&[&primary, to]);
+        stage.expect_progress();
+        // The primary's goes when another one is primary.
+        stage.say(
+            &primary,
+            &["volume", "replica", "move", "mail", &primary, &from],
+        );
+        stage.say(&primary, &["service", "move", "mail", to]);
+        stage.expect_replicas_on(&[to, &from]);
+        stage.expect_progress();
+        stage.say(&from, &["volume", "replica", "add", "mail", &primary]);
+    });
+}
+
+/// The node hears of the removal and of the new replica only when it is back.
+#[test]
+fn a_replica_is_replaced_while_its_node_is_away() {
+    let plan = trio("a_replica_is_replaced_while_its_node_is_away");
+    Stage::play(&plan, |stage, _| {
+        let primary = stage.primary();
+        let victim = stage.secondary();
+        stage.kill(&victim);
+        stage.expect_out_of_sync(&victim);
+        stage.say(&primary, &["volume", "replica", "remove", "mail", &victim]);
+        let mut adding = stage.begin(&primary, &["volume", "replica", "add", "mail", &victim]);
+        stage.expect_progress();
+        stage.start(&victim);
+        assert!(adding.wait().unwrap().success());
+    });
+}
