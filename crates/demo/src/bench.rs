@@ -14,6 +14,7 @@ use relevo_export::{
     nbd::client::NbdAddr,
 };
 use relevo_server::api::{CreateVolumeRequest, ReplicaRequest};
+use relevo_types::cluster::Protocol;
 use serde::Serialize;
 
 use crate::{
@@ -126,6 +127,7 @@ fn volume(lab: &Lab, name: &str, size: u64, nodes: &[&str]) -> anyhow::Result<Nb
     let replica = |node: &&str| ReplicaRequest {
         node: (*node).to_owned(),
         backing: None,
+        protocol: Protocol::C,
     };
     let request = CreateVolumeRequest {
         name: name.to_owned(),

@@ -140,7 +140,10 @@ impl Engines {
         let view = |engine: &Engine| match engine.status.disk {
             DiskState::Failed => ReplicaView::Failed,
             DiskState::Attaching | DiskState::Diskless => ReplicaView::Attaching,
-            DiskState::Inconsistent | DiskState::Outdated | DiskState::UpToDate => {
+            DiskState::Inconsistent
+            | DiskState::Outdated
+            | DiskState::Consistent
+            | DiskState::UpToDate => {
                 if engine.status.certain {
                     ReplicaView::Certain
                 } else {

@@ -34,6 +34,8 @@ pub(crate) struct Activity {
     /// Number of the last transaction that was planned.
     number: u64,
     uses: u64,
+    /// Regions with a pin.
+    pinned: usize,
     limit: Limit,
 }
 
@@ -92,6 +94,7 @@ impl Activity {
             self.uses += 1;
             for region in regions {
                 if let Some(hot) = self.hot.get_mut(region) {
+                    self.pinned += usize::from(hot.pins == 0);
                     hot.pins += 1;
                     hot.used = self.uses;
                 }
@@ -105,6 +108,7 @@ impl Activity {
         for region in regions {
             if let Some(hot) = self.hot.get_mut(&region) {
                 debug_assert!(hot.pins > 0, "{region:?} is unpinned once too often");
+                self.pinned -= usize::from(hot.pins == 1);
                 hot.pins = hot.pins.saturating_sub(1);
             }
         }
@@ -117,6 +121,11 @@ impl Activity {
 
     pub(crate) fn is_pinned(&self, region: Region) -> bool {
         self.hot.get(&region).is_some_and(|hot| hot.pins > 0)
+    }
+
+    /// How many regions are pinned.
+    pub(crate) fn pinned(&self) -> usize {
+        self.pinned
     }
 
     pub(crate) fn waiting(&self) -> usize {

@@ -269,6 +269,7 @@ impl Engine {
             in_flight: 0,
             waiting,
             peers: BTreeMap::<NodeId, PeerState>::new(),
+            behind: BTreeMap::new(),
         }
     }
 
@@ -287,6 +288,17 @@ impl Engine {
         machine
             .slot(node)
             .map_or_else(Vec::new, |slot| runs(slot).collect())
+    }
+
+    /// Writes of a primary that this replica received and has not written, for tests.
+    #[must_use]
+    pub fn received_blocks(&self) -> Vec<BlockRange> {
+        let State::Ready(machine) = &self.state else {
+            return Vec::new();
+        };
+        let jobs = machine.jobs.table.values();
+        let received = jobs.filter(|job| matches!(job.owner, crate::jobs::Owner::PeerWrite(..)));
+        received.map(|job| job.blocks).collect()
     }
 
     /// Checks the rules of DESIGN section 3 that one engine can check by itself.

@@ -113,10 +113,11 @@ impl Machine {
             if !write.complete {
                 self.sent_or_marked(write, others)?;
             }
-            if write.complete == primary.incomplete.contains(seq) {
+            if write.settled == primary.incomplete.contains(seq) || write.settled && !write.complete
+            {
                 return Err(format!("write {seq} is complete and incomplete"));
             }
-            if write.complete && members & write.unacked != 0 {
+            if write.complete && members & write.unacked & !write.received != 0 {
                 return Err(format!("write {seq} is complete but a member lacks it"));
             }
         }

@@ -285,6 +285,25 @@ pub enum PeerState {
     SyncTarget,
     /// In sync.
     Established,
+    /// Protocol A: one of the two gets every write and is waited for by none. DRBD calls it
+    /// `Established` too.
+    Following,
+    /// The peer, of protocol A, did not keep up: it is sent nothing for now.
+    Ahead {
+        /// Blocks of 4 KiB that it lacks.
+        dirty: u64,
+    },
+    /// This replica, of protocol A, did not keep up.
+    Behind,
+}
+
+/// How far a replica of protocol A is behind its primary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BehindBy {
+    /// Bytes that it is not known to have: on their way, or marked for it.
+    pub bytes: u64,
+    /// When the oldest of them was written; `None`: it has everything.
+    pub since: Option<Time>,
 }
 
 /// What an engine tells about itself at any time.
@@ -304,6 +323,8 @@ pub struct EngineStatus {
     pub waiting: Option<String>,
     /// Peers.
     pub peers: BTreeMap<NodeId, PeerState>,
+    /// On a primary: replicas of protocol A.
+    pub behind: BTreeMap<NodeId, BehindBy>,
 }
 
 /// State of this node's replica.
@@ -318,6 +339,9 @@ pub enum DiskState {
     Inconsistent,
     /// Not in the in-sync set: consistent but old.
     Outdated,
+    /// Not in the in-sync set, and follows the primary by protocol A: at any time what the primary had
+    /// a moment before.
+    Consistent,
     /// In the in-sync set.
     UpToDate,
     /// Detached.

@@ -15,6 +15,7 @@ use relevo_wire::Body;
 use crate::{
     gate::Access,
     io::{DiskOpKind, RequestId},
+    lab::PlantedBug,
     machine::Machine,
     ops::{Cx, OpUse},
 };
@@ -321,6 +322,31 @@ pub(crate) struct Flusher {
 }
 
 impl Machine {
+    /// A flush that covers every write that was acknowledged to an application, also those of which
+    /// this replica only said that it received them: it waits for them.
+    pub(crate) fn flush_received(&mut self, cx: &mut Cx<'_>, who: FlushFor) {
+        let before = self.jobs.next_id();
+        let waits = self.gave_receipts && !self.lab.has(PlantedBug::FlushForgetsReceived);
+        if waits && self.jobs.has_peer_job_before(before) {
+            self.held_flushes.push((before, who));
+        } else {
+            self.flush(cx, who);
+        }
+    }
+
+    pub(crate) fn settle_held_flushes(&mut self, cx: &mut Cx<'_>) {
+        if self.held_flushes.is_empty() {
+            return;
+        }
+        for (before, who) in std::mem::take(&mut self.held_flushes) {
+            if self.jobs.has_peer_job_before(before) {
+                self.held_flushes.push((before, who));
+            } else {
+                self.flush(cx, who);
+            }
+        }
+    }
+
     pub(crate) fn flush(&mut self, cx: &mut Cx<'_>, who: FlushFor) {
         self.flusher.next.push(who);
         self.start_flush(cx);

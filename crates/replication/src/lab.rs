@@ -36,6 +36,18 @@ pub enum PlantedBug {
     OpenBeforeReconcile,
     /// Messages of a primary that was replaced are not refused (rule 1).
     IgnoreLowerEpoch,
+    /// A replica of protocol A joins the in-sync set, and nothing waits for it (rules 1, 4).
+    AsyncCountsAsInSync,
+    /// What a replica that was left behind is not sent is not marked for it (rule 5).
+    AheadWithoutMarks,
+    /// The acknowledgement of what was sent before a replica was left behind clears marks that were
+    /// made after it (rule 5).
+    AheadTrustsOldAcks,
+    /// A flush does not wait for writes that were acknowledged by their receipt (rule 1).
+    FlushForgetsReceived,
+    /// A write that was only received counts as written everywhere: nobody remembers that a replica
+    /// that crashes may lack it (rule 5).
+    ReceiptSettles,
 }
 
 impl Lab {

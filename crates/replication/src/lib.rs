@@ -16,6 +16,7 @@ mod activity;
 mod attach;
 mod bitmap;
 mod engine;
+mod follow;
 mod gate;
 mod invariants;
 pub mod io;
@@ -36,8 +37,9 @@ mod sync;
 mod tail;
 
 pub use engine::Engine;
+pub use follow::ADMITTED_FOR;
 pub use io::{
-    AppRequest, DiskError, DiskOp, DiskOpKind, DiskReply, DiskState, Effect, EngineConfig,
-    EngineStatus, Input, OpId, PeerState, ReplyError, RequestId, VolumeEvent,
+    AppRequest, BehindBy, DiskError, DiskOp, DiskOpKind, DiskReply, DiskState, Effect,
+    EngineConfig, EngineStatus, Input, OpId, PeerState, ReplyError, RequestId, VolumeEvent,
 };
 pub use order::{Order, OrderId};

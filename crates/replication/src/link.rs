@@ -35,6 +35,10 @@ pub(crate) struct Link {
     /// Since when the peer owes an answer and is silent.
     owed: Option<Time>,
     pinged: bool,
+    /// The peer wants to be told of each write that it was received (protocol B).
+    pub(crate) gives_receipts: bool,
+    /// The peer was told that this node wants that.
+    pub(crate) wants_receipts: bool,
     /// The peer's reign over this replica.
     pub(crate) incoming: Option<Incoming>,
     /// This node's reign over the peer's replica.
@@ -58,6 +62,10 @@ pub(crate) enum Part {
     Reconciling,
     /// In sync.
     Member,
+    /// Of protocol A: gets every write, is waited for by none.
+    Following,
+    /// The same, but it does not keep up and is sent nothing for now.
+    Behind,
 }
 
 impl Machine {
@@ -80,6 +88,8 @@ impl Machine {
             answered: cx.now,
             owed: None,
             pinged: false,
+            gives_receipts: false,
+            wants_receipts: false,
             incoming: None,
             session: None,
         };
@@ -208,6 +218,10 @@ impl Machine {
                 blocks,
             } => self.dirty_map(peer, epoch, slot, &blocks),
             Message::Barrier { epoch, id } => self.barrier(cx, peer, epoch, id),
+            Message::Behind { epoch, id } => self.left_behind(cx, peer, epoch, id),
+            Message::Following { epoch } => self.follows(cx, peer, epoch),
+            Message::Receipts { epoch, wanted } => self.receipts(cx, peer, epoch, wanted),
+            Message::Received { epoch, seq } => self.write_received(cx, peer, epoch, seq),
             Message::EpochUpdate { epoch, in_sync } => self.epoch_update(cx, peer, epoch, in_sync),
             Message::Complete { epoch, seq } => self.peer_complete(peer, epoch, seq),
             Message::Reconcile { epoch } => self.reconcile(cx, peer, epoch),
@@ -222,7 +236,7 @@ impl Machine {
                 self.sync_acked(peer, id);
                 self.push_acked(peer, id);
             }
-            Message::BarrierAck { id, .. } => self.barrier_acked(peer, id),
+            Message::BarrierAck { id, .. } => self.barrier_acked(cx, peer, id),
             Message::Tail {
                 epoch,
                 blocks,

@@ -16,7 +16,7 @@ use crate::{
     io::{
         AppRequest, DiskError, DiskReply, Effect, EngineConfig, Input, OpId, PeerState, VolumeEvent,
     },
-    jobs::{Flusher, Jobs},
+    jobs::{FlushFor, Flusher, JobId, Jobs, Owner},
     lab::{Lab, PlantedBug},
     link::Link,
     metadata::{Metadata, Ticket},
@@ -63,6 +63,18 @@ pub(crate) struct Machine {
     pub(crate) told_peers: BTreeMap<NodeId, PeerState>,
     /// An operator suspended I/O: requests wait.
     pub(crate) suspended: bool,
+    /// Slots of the replicas that are of protocol A towards this node, and of protocol B. Known, not
+    /// looked up: every write asks.
+    pub(crate) async_slots: u8,
+    pub(crate) receipt_slots: u8,
+    /// A replica of protocol A that may be in the in-sync set for a while, and until when.
+    pub(crate) admitted: Option<(NodeId, Time)>,
+    /// What the configuration says of that; time counts from the change.
+    pub(crate) admit_known: Option<NodeId>,
+    /// This replica said at some time that it received a write which was not done.
+    pub(crate) gave_receipts: bool,
+    /// Flushes that wait for such writes.
+    pub(crate) held_flushes: Vec<(JobId, FlushFor)>,
     /// Peers that there shall be no link to, and why.
     pub(crate) standalone: BTreeMap<NodeId, String>,
 }
@@ -127,6 +139,12 @@ impl Machine {
             last_id: 0,
             told_peers: BTreeMap::new(),
             suspended: false,
+            async_slots: 0,
+            receipt_slots: 0,
+            admitted: None,
+            admit_known: None,
+            gave_receipts: false,
+            held_flushes: Vec::new(),
             standalone: BTreeMap::new(),
         }
     }
@@ -155,6 +173,7 @@ impl Machine {
         }
         self.settle_links(cx);
         self.settle_barriers(cx);
+        self.settle_held_flushes(cx);
         match self.role {
             Role::Secondary | Role::Yielding => {}
             Role::Promoting(_) => self.settle_promotion(cx),
@@ -325,7 +344,8 @@ impl Machine {
         for peer in self.links.keys().copied().collect::<Vec<_>>() {
             self.close_link(cx, peer, "the volume is being detached".to_owned());
         }
-        self.abandon_jobs(cx, |_| true);
+        // What a primary was told to be received is written first.
+        self.abandon_jobs(cx, |owner| !matches!(owner, Owner::PeerWrite(..)));
         self.fold_tail();
         self.detach = Some(Detach::Draining);
     }

@@ -47,6 +47,7 @@ pub(crate) struct Write {
     pub(crate) epoch: Epoch,
     pub(crate) blocks: BlockRange,
     data_bytes: u64,
+    fua: bool,
     request: RequestId,
     job: JobId,
     pub(crate) local_done: bool,
@@ -54,7 +55,12 @@ pub(crate) struct Write {
     pub(crate) unacked: u8,
     /// Slots that acknowledged it.
     pub(crate) acked: u8,
+    /// Slots that said that they received it, on a session that lasts.
+    pub(crate) received: u8,
+    /// Answered, as far as replication goes.
     pub(crate) complete: bool,
+    /// Written by all that must: only then the complete position passes it.
+    pub(crate) settled: bool,
     pub(crate) since: Time,
 }
 
@@ -76,6 +82,13 @@ pub(crate) enum Demotion {
     Flushing,
     /// Everything is durable everywhere; only the commit is missing.
     Proposing,
+}
+
+impl Write {
+    /// What it counts in a send buffer: zeroes are not free, each write is remembered.
+    pub(crate) fn weight(&self) -> u64 {
+        self.data_bytes.max(relevo_types::BLOCK_SIZE)
+    }
 }
 
 impl Primary {
@@ -149,7 +162,25 @@ impl Machine {
             .chain(primary.pending_joins.keys())
             .chain(joining)
             .filter_map(|node| self.slot(*node));
-        slots.fold(0, |all, slot| all | mask(slot)) & !mask(self.meta.own_slot())
+        let slots = slots.fold(0, |all, slot| all | mask(slot)) & !mask(self.meta.own_slot());
+        if self.lab.has(PlantedBug::AsyncCountsAsInSync) {
+            return slots & !self.async_slots;
+        }
+        slots
+    }
+
+    /// The slots of peers with a session that have everything that they were not sent on it.
+    fn past_barrier(&self) -> u8 {
+        let peers = self.links.iter().filter(|(_, link)| {
+            let stage = link.session.as_ref().map(|session| session.stage);
+            matches!(
+                stage,
+                Some(Stage::Barrier(_) | Stage::Joining | Stage::InSync)
+            )
+        });
+        peers
+            .filter_map(|(peer, _)| self.slot(*peer))
+            .fold(0, |all, slot| all | mask(slot))
     }
 
     /// Peers with a session, and their slots.
@@ -172,12 +203,13 @@ impl Machine {
         body: &Body,
         fua: bool,
     ) {
-        // A peer that has not answered yet gets nothing: its marks are as good, and one whose disk
+        self.leave_behind_congested(cx, body);
+        // One that was left behind gets nothing. A peer that has not answered yet gets nothing: its marks are as good, and one whose disk
         // hangs would hold up the application with every new link.
         let mut sessions = self.sessions();
         sessions.retain(|(peer, _)| {
             let session = self.links.get(peer).and_then(|link| link.session.as_ref());
-            session.is_some_and(|session| session.stage != Stage::Starting)
+            session.is_some_and(|session| session.stage.takes_writes())
         });
         let others = self.other_slots();
         let sent = sessions.iter().fold(0, |all, (_, slot)| all | slot);
@@ -193,7 +225,11 @@ impl Machine {
         // A peer that is being resynced gets the write, but nothing waits for it: whoever takes
         // over must know that it may lack it.
         let dirty_for = others & !(sent & in_sync);
-        self.mark_dirty(others & !sent, blocks);
+        let mut marked = others & !sent;
+        if self.lab.has(PlantedBug::AheadWithoutMarks) {
+            marked &= !self.left_behind_slots();
+        }
+        self.mark_dirty(marked, blocks);
         let Some(primary) = self.primary_mut() else {
             return;
         };
@@ -210,14 +246,18 @@ impl Machine {
             epoch,
             blocks,
             data_bytes,
+            fua,
             request,
             job,
             local_done: false,
             unacked: sent,
             acked: 0,
+            received: 0,
             complete: false,
+            settled: false,
             since: cx.now,
         };
+        let weight = write.weight();
         primary.writes.insert(seq, write);
         if let Some(job) = self.jobs.table.get_mut(&job) {
             job.owner = Owner::Write(seq);
@@ -233,6 +273,9 @@ impl Machine {
                 dirty_for: dirty_for & !slot,
             };
             self.told_complete(peer, complete);
+            if let Some(session) = self.session_mut(peer) {
+                session.owed_bytes += weight;
+            }
             self.send(cx, peer, write);
         }
     }
@@ -266,16 +309,36 @@ impl Machine {
         }
         write.unacked &= !mask(slot);
         write.acked |= mask(slot);
-        let blocks = write.blocks;
+        let (blocks, weight) = (write.blocks, write.weight());
+        if let Some(session) = self.session_mut(peer) {
+            session.owed_bytes = session.owed_bytes.saturating_sub(weight);
+        }
         // The peer has these blocks whole. A later write to them that it was not sent would have
         // ended its session, and with it this acknowledgement.
         self.meta.bitmaps.clear(slot, blocks);
         self.update_write(cx, seq);
     }
 
+    /// A peer received a write: for protocol B that is enough to complete it.
+    pub(crate) fn write_received(&mut self, cx: &mut Cx<'_>, peer: NodeId, epoch: Epoch, seq: Seq) {
+        let slot = self.slot(peer).map_or(0, mask);
+        let Some(write) = self.primary_mut().and_then(|p| p.writes.get_mut(&seq)) else {
+            return;
+        };
+        if write.epoch == epoch && write.unacked & slot != 0 {
+            write.received |= slot;
+            self.update_write(cx, seq);
+        }
+    }
+
     /// Completes a write that all have that must; forgets one that all have.
     fn update_write(&mut self, cx: &mut Cx<'_>, seq: Seq) {
         let required = self.required();
+        let write = self.primary().and_then(|primary| primary.writes.get(&seq));
+        let unsettled = write.is_some_and(|write| write.complete && !write.settled);
+        let by_resync = if unsettled { self.past_barrier() } else { 0 };
+        let by_receipt = self.receipt_slots;
+        let early = self.lab.has(PlantedBug::ReceiptSettles);
         let Some(primary) = self.primary_mut() else {
             return;
         };
@@ -285,10 +348,23 @@ impl Machine {
         let (job, request, blocks) = (write.job, write.request, write.blocks);
         let data_bytes = write.data_bytes;
         let all_have_it = write.local_done && write.unacked == 0;
-        let now_complete = !write.complete && write.local_done && required & !write.acked == 0;
+        let received = if write.fua {
+            0
+        } else {
+            write.received & by_receipt
+        };
+        let have_it = write.acked | received;
+        let now_complete = !write.complete && write.local_done && required & !have_it == 0;
         write.complete |= now_complete;
-        let complete = write.complete;
-        if now_complete {
+        // A replica that only received it may crash and lack it, and know nothing of it: whoever
+        // takes over must have it in its tail until then.
+        let mut written = if early { have_it } else { write.acked };
+        // One that it was not sent has it by its resync, which reads what is complete.
+        written |= by_resync & !write.unacked;
+        let now_settled = !write.settled && write.local_done && required & !written == 0;
+        write.settled |= now_settled;
+        let over = write.settled && all_have_it;
+        if now_settled {
             primary.incomplete.remove(&seq);
             primary.complete = primary
                 .incomplete
@@ -296,14 +372,14 @@ impl Machine {
                 .map_or(primary.last_seq, |first| Seq(first.0 - 1));
             primary.complete_due.get_or_insert(cx.now + IDLE_COMPLETE);
         }
-        if complete && all_have_it {
+        if over {
             primary.writes.remove(&seq);
             primary.write_bytes -= data_bytes;
         }
         if now_complete {
             self.open_gate(cx, job);
         }
-        if complete && all_have_it {
+        if over {
             self.forget_job(job);
         }
         if now_complete {
@@ -349,7 +425,7 @@ impl Machine {
                 self.send(cx, peer, Message::Flush { epoch, id });
             }
         }
-        self.flush(cx, FlushFor::App(id));
+        self.flush_received(cx, FlushFor::App(id));
     }
 
     /// Asks a peer that is about to be required for the flushes under way too.
@@ -405,6 +481,7 @@ impl Machine {
 
     /// What the primary starts by itself.
     pub(crate) fn settle_primary(&mut self, cx: &mut Cx<'_>) {
+        self.settle_followers(cx);
         self.pump_requests(cx);
         self.settle_sync(cx);
         self.settle_demotion(cx);

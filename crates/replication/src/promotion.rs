@@ -140,6 +140,9 @@ impl Machine {
         let members = promotion.members.iter();
         let leavers = members.filter(|(node, member)| match member {
             // One that is about to be asked is not absent, however late it is.
+            // Nothing that this node will acknowledge waits for it. But if it knows better than this
+            // node what was acknowledged, it shall say so first.
+            _ if self.certain && !self.may_join(**node) => true,
             Member::Absent => promotion.patience_over && !greeted(node),
             Member::Uncertain => true,
             Member::Asked | Member::Answered(_) => false,

@@ -15,6 +15,7 @@ use relevo_wire::Message;
 
 use crate::{
     io::Effect,
+    lab::PlantedBug,
     machine::{Machine, Role, mask},
     ops::Cx,
     primary::Demotion,
@@ -112,7 +113,7 @@ impl Machine {
         }
         if known.is_some_and(|known| volume.epoch == known.epoch) {
             // Only what the administrator chose, or a replica that is not in the set.
-            self.take_config(volume);
+            self.take_config(cx, volume);
             return;
         }
         self.forget_removed_peers(cx, &volume);
@@ -123,7 +124,7 @@ impl Machine {
         let named = volume.primary == Some(me) && volume.epoch >= self.seen_epoch();
         let member = volume.in_sync.contains(&me);
         let (epoch, alone) = (volume.epoch, volume.in_sync.len() == 1);
-        self.take_config(volume);
+        self.take_config(cx, volume);
         if !named {
             self.stepping_down = false;
             self.close(cx, "the control log names another primary, or none");
@@ -159,9 +160,10 @@ impl Machine {
         }
     }
 
-    fn take_config(&mut self, volume: Arc<Volume>) {
+    fn take_config(&mut self, cx: &Cx<'_>, volume: Arc<Volume>) {
         let before = self.volume.as_ref().map(|_| self.other_slots());
         self.volume = Some(volume);
+        self.learn_protocols(cx);
         let others = self.other_slots();
         self.use_slots(others);
         // A new replica lacks everything and says so itself; what is under way was routed without it.
@@ -222,13 +224,12 @@ impl Machine {
             };
             match (session.stage, volume.in_sync.contains(&peer)) {
                 (Stage::Joining | Stage::InSync, true) => session.stage = Stage::InSync,
-                (Stage::Starting | Stage::Copying | Stage::Barrier(_), true)
-                | (Stage::InSync, false) => {
-                    // Not by this primary's doing. It starts over.
+                (_, true) | (Stage::InSync, false) => {
+                    // Not by this primary's doing, or it is of protocol A now. It starts over.
                     self.drop_session(cx, peer);
                     continue;
                 }
-                (Stage::Starting | Stage::Copying | Stage::Barrier(_) | Stage::Joining, false) => {}
+                (_, false) => {}
             }
             // Before anything under the new epoch, and before the complete position passes what
             // waited for those who left.
@@ -273,14 +274,18 @@ impl Machine {
         Some((volume.epoch, change?))
     }
 
-    /// Who must leave the in-sync set: members without an in-sync session, or whose replica shall go,
+    /// Who must leave the in-sync set: members without an in-sync session, whose replica shall go, or of
+    /// protocol A,
     /// and peers without a session that a pending join might still make members.
     fn leavers(&self) -> Vec<NodeId> {
         let Some(primary) = self.primary() else {
             return Vec::new();
         };
         let stage = |node: &NodeId| Some(self.links.get(node)?.session.as_ref()?.stage);
-        let stays = |node: &NodeId| stage(node) == Some(Stage::InSync) && !self.is_leaving(*node);
+        let stays = |node: &NodeId| {
+            let wanted = self.may_join(*node) && !self.is_leaving(*node);
+            stage(node) == Some(Stage::InSync) && wanted
+        };
         let members = primary
             .in_sync
             .iter()
@@ -306,9 +311,11 @@ impl Machine {
             .iter()
             .filter(|(peer, _)| !self.is_leaving(**peer))
             .find(|(_, link)| {
-                link.session
-                    .as_ref()
-                    .is_some_and(|session| session.stage == Stage::Joining)
+                link.session.as_ref().is_some_and(|session| {
+                    session.stage == Stage::Joining
+                        || session.stage == Stage::Following
+                            && self.lab.has(PlantedBug::AsyncCountsAsInSync)
+                })
             })
             .map(|(peer, _)| *peer)
     }

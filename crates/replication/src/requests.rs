@@ -162,6 +162,7 @@ impl Machine {
                 self.gate.len() < JOBS_MAX
                     && open + (JOBS_MAX as u64) < WINDOW_MAX
                     && primary.write_bytes < WRITE_BYTES_MAX
+                    && !self.is_congested()
             })
     }
 

@@ -254,6 +254,17 @@ impl Machine {
             return;
         }
         let reply = self.reply_to(peer, epoch);
+        let receipt = !fua
+            && self
+                .links
+                .get(&peer)
+                .is_some_and(|link| link.gives_receipts);
+        if receipt {
+            // From here on it is as good as written: nothing but the end of this process takes it
+            // out of the jobs.
+            self.gave_receipts = true;
+            self.send(cx, peer, Message::Received { epoch, seq });
+        }
         self.write_blocks(cx, blocks, body, fua, Owner::PeerWrite(reply, seq));
     }
 
@@ -298,7 +309,7 @@ impl Machine {
     pub(crate) fn peer_flush(&mut self, cx: &mut Cx<'_>, peer: NodeId, epoch: Epoch, id: u64) {
         if self.check_reign(cx, peer, epoch) {
             let reply = self.reply_to(peer, epoch);
-            self.flush(cx, FlushFor::Peer(reply, id));
+            self.flush_received(cx, FlushFor::Peer(reply, id));
         }
     }
 

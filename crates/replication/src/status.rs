@@ -22,6 +22,7 @@ impl Machine {
             in_flight: self.requests.len(),
             waiting: self.waiting(),
             peers: self.peer_states(),
+            behind: self.behind(),
         }
     }
 
@@ -34,8 +35,11 @@ impl Machine {
             DiskState::Diskless
         } else if member {
             DiskState::UpToDate
-        } else if self.meta.superblock.inconsistent {
+        } else if self.meta.superblock.inconsistent || !self.certain {
+            // After an unclean end too: later writes may be there without earlier ones.
             DiskState::Inconsistent
+        } else if matches!(self.reigning(), Some((_, Part::Following | Part::Behind))) {
+            DiskState::Consistent
         } else {
             DiskState::Outdated
         }
@@ -61,18 +65,34 @@ impl Machine {
         };
         match link.session.as_ref().map(|session| session.stage) {
             Some(Stage::InSync) => PeerState::Established,
-            Some(Stage::Starting | Stage::Copying | Stage::Barrier(_) | Stage::Joining) => {
-                let slot = self.slot(peer);
-                let dirty = slot.map_or(0, |slot| self.meta.bitmaps.of(slot).count());
-                PeerState::SyncSource { dirty }
-            }
+            Some(Stage::Following) => PeerState::Following,
+            Some(Stage::Ahead(_)) => PeerState::Ahead {
+                dirty: self.dirty_count(peer),
+            },
+            Some(
+                Stage::Starting
+                | Stage::Copying
+                | Stage::Barrier(_)
+                | Stage::Joining
+                | Stage::Settling(_),
+            ) => PeerState::SyncSource {
+                dirty: self.dirty_count(peer),
+            },
             None => match self.reigning() {
                 Some((primary, Part::Member)) if primary == peer => PeerState::Established,
+                Some((primary, Part::Following)) if primary == peer => PeerState::Following,
+                Some((primary, Part::Behind)) if primary == peer => PeerState::Behind,
                 Some((primary, Part::Target)) if primary == peer => PeerState::SyncTarget,
                 _ if link.hello.is_some() => PeerState::Connected,
                 _ => PeerState::Connecting,
             },
         }
+    }
+
+    /// Blocks marked for a peer.
+    pub(crate) fn dirty_count(&self, peer: NodeId) -> u64 {
+        let slot = self.slot(peer);
+        slot.map_or(0, |slot| self.meta.bitmaps.of(slot).count())
     }
 
     /// Tells what is new of the peers; progress of a resync is in the status only.
@@ -145,6 +165,12 @@ impl Machine {
         } else if let Some(flush) = primary.flushes.values().next() {
             words.push(format!("a flush everywhere, since {:?}", flush.since));
         }
+        if self.is_congested() {
+            words.push(
+                "a replica of protocol A to take what is under way to it (`on-congestion`, `sndbuf-size`)"
+                    .to_owned(),
+            );
+        }
         if self.suspended {
             words.push("an operator to resume I/O (`relevo resume-io`)".to_owned());
         }
@@ -181,7 +207,10 @@ impl Machine {
             .primary()
             .and_then(|primary| primary.complete_due)
             .unwrap_or(Time::NEVER);
+        let admitted = self.admitted.filter(|_| self.is_open());
+        let admitted = admitted.map(|(_, until)| until);
         self.links_deadline()
+            .min(admitted.unwrap_or(Time::NEVER))
             .min(self.proposals.deadline())
             .min(promotion)
             .min(complete)

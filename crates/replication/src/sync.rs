@@ -39,6 +39,10 @@ pub(crate) struct Session {
     sent: BTreeMap<u64, BlockRange>,
     /// The complete position that the peer was told last.
     pub(crate) told_complete: Seq,
+    /// Bytes of writes that were sent and not acknowledged ([`crate::primary::Write::weight`]).
+    pub(crate) owed_bytes: u64,
+    /// Since when a replica of protocol A lacks what it was not sent, or is being given it.
+    pub(crate) behind_since: Option<Time>,
 }
 
 /// How far a session is.
@@ -54,6 +58,20 @@ pub(crate) enum Stage {
     Joining,
     /// In the in-sync set.
     InSync,
+    /// Of protocol A, and nothing is dirty: the barrier with this id is on its way. Nobody waits.
+    Settling(u64),
+    /// Of protocol A: gets every write, is waited for by none. DRBD's `Established`.
+    Following,
+    /// Of protocol A, and did not keep up: marks instead of data until it has passed the barrier with
+    /// this id, and with it all that was sent before. DRBD's `Ahead`.
+    Ahead(u64),
+}
+
+impl Stage {
+    /// Whether writes are sent: else their blocks are marked.
+    pub(crate) fn takes_writes(self) -> bool {
+        !matches!(self, Self::Starting | Self::Ahead(_))
+    }
 }
 
 impl Session {
@@ -67,6 +85,8 @@ impl Session {
             reads: BTreeSet::new(),
             sent: BTreeMap::new(),
             told_complete: Seq(0),
+            owed_bytes: 0,
+            behind_since: None,
         }
     }
 
@@ -77,11 +97,27 @@ impl Session {
 
     /// Whether the peer owes an answer about the resync.
     pub(crate) fn owes(&self) -> bool {
-        matches!(self.stage, Stage::Starting | Stage::Barrier(_)) || !self.sent.is_empty()
+        let waits = matches!(
+            self.stage,
+            Stage::Starting | Stage::Barrier(_) | Stage::Settling(_) | Stage::Ahead(_)
+        );
+        waits || !self.sent.is_empty()
     }
 
     fn is_idle(&self) -> bool {
         self.reads.is_empty() && self.sent.is_empty()
+    }
+
+    /// What was being copied is no longer: it stays dirty. From now on the stage is another one.
+    pub(crate) fn restart(&mut self, stage: Stage, epoch: Epoch, now: Time) {
+        self.stage = stage;
+        self.epoch = epoch;
+        self.began = now;
+        self.cursor = 0;
+        self.busy = Blocks::default();
+        self.reads.clear();
+        self.sent.clear();
+        self.owed_bytes = 0;
     }
 
     /// The next dirty run that is not under way.
@@ -112,7 +148,7 @@ impl Session {
 }
 
 impl Machine {
-    fn session_mut(&mut self, peer: NodeId) -> Option<&mut Session> {
+    pub(crate) fn session_mut(&mut self, peer: NodeId) -> Option<&mut Session> {
         self.links.get_mut(&peer)?.session.as_mut()
     }
 
@@ -122,6 +158,7 @@ impl Machine {
             if self.may_start_sync(peer) {
                 self.begin_session(cx, peer);
             }
+            self.settle_receipts(cx, peer);
             self.copy(cx, peer);
             self.end_copy(cx, peer);
         }
@@ -269,16 +306,27 @@ impl Machine {
         };
         let clean = self.meta.bitmaps.of(slot).is_empty();
         let id = self.last_id + 1;
+        let joins = self.may_join(peer);
         let Some(session) = self.session_mut(peer) else {
             return;
         };
-        if session.stage != Stage::Copying || !session.is_idle() || !clean {
+        let from = matches!(
+            (session.stage, joins),
+            (Stage::Copying, _) | (Stage::Following, true)
+        );
+        if !from || !session.is_idle() || !clean {
             return;
         }
-        session.stage = Stage::Barrier(id);
+        session.stage = if joins {
+            Stage::Barrier(id)
+        } else {
+            Stage::Settling(id)
+        };
         self.last_id = id;
-        self.send_dirty_maps(cx, peer);
-        self.send_pending_flushes(cx, peer);
+        if joins {
+            self.send_dirty_maps(cx, peer);
+            self.send_pending_flushes(cx, peer);
+        }
         if let Some(epoch) = self.primary().map(|primary| primary.epoch) {
             self.send(cx, peer, Message::Barrier { epoch, id });
         }
@@ -317,11 +365,15 @@ impl Machine {
         }
     }
 
-    pub(crate) fn barrier_acked(&mut self, peer: NodeId, id: u64) {
-        if let Some(session) = self.session_mut(peer)
-            && session.stage == Stage::Barrier(id)
-        {
-            session.stage = Stage::Joining;
+    pub(crate) fn barrier_acked(&mut self, cx: &mut Cx<'_>, peer: NodeId, id: u64) {
+        let Some(session) = self.session_mut(peer) else {
+            return;
+        };
+        match session.stage {
+            Stage::Barrier(barrier) if barrier == id => session.stage = Stage::Joining,
+            Stage::Settling(barrier) if barrier == id => self.let_follow(cx, peer),
+            Stage::Ahead(barrier) if barrier == id => self.catch_up(cx, peer),
+            _ => {}
         }
     }
 
@@ -335,21 +387,30 @@ impl Machine {
             return;
         }
         self.abandon_jobs(cx, |owner| *owner == Owner::SyncRead(peer));
-        let Some(slot) = self.slot(peer) else {
-            return;
-        };
+        self.mark_unacked(peer);
+        self.update_all(cx);
+    }
+
+    /// What a peer was sent and did not acknowledge is dirty for it, and no acknowledgement of it
+    /// counts any more. Gives the time of the oldest.
+    pub(crate) fn mark_unacked(&mut self, peer: NodeId) -> Option<Time> {
+        let slot = self.slot(peer)?;
         let mut unacked = Vec::new();
+        let mut oldest = None;
         if let Some(primary) = self.primary_mut() {
             for write in primary.writes.values_mut() {
+                // Only as good as the process that gave it.
+                write.received &= !mask(slot);
                 if write.unacked & mask(slot) != 0 {
                     write.unacked &= !mask(slot);
                     unacked.push(write.blocks);
+                    oldest.get_or_insert(write.since);
                 }
             }
         }
         for blocks in unacked {
             self.meta.bitmaps.set(slot, blocks);
         }
-        self.update_all(cx);
+        oldest
     }
 }

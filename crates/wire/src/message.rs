@@ -87,6 +87,28 @@ pub enum Message {
         /// The position.
         seq: Seq,
     },
+    /// The receiver, of protocol A, does not keep up: what follows is not sent but marked for it, until
+    /// everything before this has arrived. Answered by [`Message::BarrierAck`], like a barrier.
+    Behind {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Echoed in the answer.
+        id: u64,
+    },
+    /// The receiver, of protocol A, has got everything that it lacked, on stable storage: from here on
+    /// it is a prefix of what the primary wrote.
+    Following {
+        /// The primary's epoch.
+        epoch: Epoch,
+    },
+    /// Whether the receiver shall say that it received a write ([`Message::Received`], protocol B)
+    /// before it says that it is done.
+    Receipts {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// It shall.
+        wanted: bool,
+    },
     /// The new primary asks a member of the in-sync set what it has that others may lack. The
     /// receiver persists the epoch and answers with [`Message::Tail`].
     Reconcile {
@@ -106,6 +128,13 @@ pub enum Message {
     },
     /// A write was done.
     WriteAck {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        seq: Seq,
+    },
+    /// A write was received; [`Message::WriteAck`] follows.
+    Received {
         /// Echo.
         epoch: Epoch,
         /// Echo.

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use relevo_types::{
     ClusterId, Epoch, LineageId, NodeId, Sensitivity, VolumeId,
     cluster::{
-        AddressPart, ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Outcome, Part,
-        Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume, VolumeChange,
-        VolumePart,
+        AddressPart, ClusterState, Command, Congestion, JoinToken, NodeKind, NodePath, NodeSpec,
+        Outcome, Part, Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume,
+        VolumeChange, VolumeOptions, VolumePart,
     },
 };
 
@@ -36,12 +36,13 @@ impl Control {
     /// # Errors
     /// The control log refused a step; a bug in it or here.
     pub fn new(
-        data_nodes: u32,
+        protocols: &[Protocol],
         witness: bool,
         size: u64,
         lineage: LineageId,
         sensitivity: Sensitivity,
     ) -> Result<Self, Rejection> {
+        let data_nodes = u32::try_from(protocols.len()).unwrap_or(u32::MAX);
         let mut state = ClusterState::default();
         let node = |number: u32, kind| NodeSpec {
             name: format!("n{number}"),
@@ -85,9 +86,10 @@ impl Control {
             join(data_nodes + 1, NodeKind::Witness)?;
         }
         let replicas = (1..=data_nodes)
-            .map(|number| ReplicaSpec {
+            .zip(protocols)
+            .map(|(number, protocol)| ReplicaSpec {
                 node: NodeId(number),
-                protocol: Protocol::C,
+                protocol: *protocol,
                 backing: None,
                 force: false,
             })
@@ -106,6 +108,26 @@ impl Control {
         }
         let snapshots = vec![Arc::new(state.clone())];
         Ok(Self { state, snapshots })
+    }
+
+    /// The same with other limits for replicas of protocol A.
+    ///
+    /// # Errors
+    /// The control log refused it; a bug in it or here.
+    pub fn with_congestion(mut self, congestion: Congestion) -> Result<Self, Rejection> {
+        let volume = &self.state.volumes[&VOLUME];
+        let options = VolumeOptions {
+            congestion,
+            ..volume.options.clone()
+        };
+        let expect = volume.version;
+        self.state.apply(&Command::SetVolumeOptions {
+            volume: VOLUME,
+            expect,
+            options,
+        })?;
+        self.snapshots = vec![Arc::new(self.state.clone())];
+        Ok(self)
     }
 
     /// The same with a service on the volume: its export, a virtual address, a process.
@@ -232,7 +254,14 @@ pub(crate) mod tests {
 
     #[test]
     fn a_run_begins_with_a_created_volume() {
-        let mut control = Control::new(2, true, 1 << 20, LineageId(1), Sensitivity::Fast).unwrap();
+        let mut control = Control::new(
+            &[Protocol::C; 2],
+            true,
+            1 << 20,
+            LineageId(1),
+            Sensitivity::Fast,
+        )
+        .unwrap();
         assert_eq!(control.volume().epoch, Epoch(1));
         assert_eq!(control.state().majority(), 2);
         let promote = volume_command(Epoch(1), VolumeChange::Promote { node: NodeId(1) });

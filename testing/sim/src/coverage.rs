@@ -48,6 +48,12 @@ pub const ALL: &[&str] = &[
     "unaligned read",
     "write waited for the commit of a leave",
     "zeroes written",
+    "protocol A: pulled ahead of a replica",
+    "protocol A: one that was left behind has caught up",
+    "protocol A: congestion blocked the application",
+    "protocol A: switchover to such a replica",
+    "protocol B: acknowledged before the disk did",
+    "protocol B: a replica crashed with received writes",
 ];
 
 /// Counters of marks.

@@ -146,7 +146,7 @@ mod tests {
         let timing = Sensitivity::Fast.timing();
         let mut leases = Leases::new(3, timing);
         let control = crate::control::Control::new(
-            2,
+            &[relevo_types::cluster::Protocol::C; 2],
             true,
             4096,
             relevo_types::LineageId(1),

@@ -5,7 +5,10 @@
 use std::{str::FromStr, time::Duration};
 
 use relevo_replication::lab::PlantedBug;
-use relevo_types::Sensitivity;
+use relevo_types::{
+    Sensitivity,
+    cluster::{Congestion, OnCongestion, Protocol},
+};
 
 use crate::{faults::Fault, rng::Rng};
 
@@ -24,6 +27,11 @@ impl Planted {
         (PlantedBug::SkipActivityWait, "skip-activity-wait"),
         (PlantedBug::OpenBeforeReconcile, "open-before-reconcile"),
         (PlantedBug::IgnoreLowerEpoch, "ignore-lower-epoch"),
+        (PlantedBug::AsyncCountsAsInSync, "async-counts-as-in-sync"),
+        (PlantedBug::AheadWithoutMarks, "ahead-without-marks"),
+        (PlantedBug::AheadTrustsOldAcks, "ahead-trusts-old-acks"),
+        (PlantedBug::FlushForgetsReceived, "flush-forgets-received"),
+        (PlantedBug::ReceiptSettles, "receipt-settles"),
     ];
 
     /// Its name on the command line.
@@ -89,6 +97,28 @@ pub struct CrashPoint {
     pub power: bool,
 }
 
+/// The protocols of a seed. Chance of its own: what else a seed means does not change.
+fn mixture(seed: u64) -> ([Protocol; 3], Congestion, u64) {
+    let mut rng = Rng::new(seed, 6);
+    let mut protocols = [Protocol::C; 3];
+    if rng.chance(60.0) {
+        for own in &mut protocols {
+            *own = rng.pick(&[Protocol::A, Protocol::B, Protocol::C]);
+        }
+        // One at least that a failover can go to or a restart can bring back.
+        protocols[0] = protocols[0].max(Protocol::B);
+    }
+    let block = 4096;
+    let sndbuf_bytes = rng.pick(&[2, 8, 32]) * block;
+    let congestion = Congestion {
+        sndbuf_bytes,
+        policy: rng.pick(&[OnCongestion::Block, OnCongestion::PullAhead]),
+        fill_bytes: rng.pick(&[1, 2, 4]) * sndbuf_bytes / 4,
+        extents: rng.pick(&[2, 1000]),
+    };
+    (protocols, congestion, rng.pick(&[0, 2000, 8000]))
+}
+
 /// Everything that a run is made from.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -148,6 +178,13 @@ pub struct Scenario {
     pub datagram_loss: f64,
     /// The short schedule of crash enumeration, not the seed's own.
     pub short: bool,
+    /// Protocols of the replicas, at least one for each.
+    pub protocols: [Protocol; 3],
+    /// Limits for replicas of protocol A.
+    pub congestion: Congestion,
+    /// Replicas of protocol A are far away: each write to them takes the line this long, in
+    /// microseconds. 0: they are not.
+    pub far_us: u64,
     /// A planted bug.
     pub planted: Option<Planted>,
     /// Crash enumeration: the one crash of the run.
@@ -181,6 +218,7 @@ impl Scenario {
                 faults.push((fault, rng.between(1, 10)));
             }
         }
+        let (protocols, congestion, far_us) = mixture(seed);
         Self {
             seed,
             data_nodes,
@@ -211,6 +249,9 @@ impl Scenario {
             short: false,
             planted: None,
             crash_point: None,
+            protocols,
+            congestion,
+            far_us,
         }
     }
 
@@ -227,6 +268,8 @@ impl Scenario {
         Self {
             managed: true,
             witness: scenario.data_nodes == 2 || scenario.witness,
+            // Only replicas that can be in sync by themselves: nobody moves a service elsewhere yet.
+            protocols: scenario.protocols.map(|own| own.max(Protocol::B)),
             ..scenario
         }
     }
@@ -256,6 +299,7 @@ impl Scenario {
             disk_us: 1000,
             net_us: 1000,
             short: true,
+            protocols: [Protocol::C; 3],
             ..Self::of_seed(seed)
         }
     }

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use relevo_server::api::{
     ApiError, CreateVolumeRequest, ErrorKind, ReplicaRequest, SetOptionsRequest, VolumeStatus,
 };
-use relevo_types::size::parse_size;
+use relevo_types::{cluster::Protocol, size::parse_size};
 
 use super::Context;
 use crate::{CliError, render};
@@ -50,8 +50,8 @@ pub struct CreateArgs {
     #[arg(long, value_parser = parse_size)]
     size: u64,
     /// Node of a replica, with the backing file or device there (default: a sparse file in the
-    /// node's pool directory); repeat for each replica
-    #[arg(long = "on", value_name = "NODE[=PATH]", value_parser = parse_replica)]
+    /// node's pool directory) and its protocol A, B or C (default: C); repeat for each replica
+    #[arg(long = "on", value_name = "NODE[=PATH][,protocol=A|B|C]", value_parser = parse_replica)]
     replicas: Vec<ReplicaRequest>,
     /// Take a backing that holds foreign data; what it holds is lost
     #[arg(long)]
@@ -120,6 +120,10 @@ fn parse_option(text: &str) -> Result<(String, String), String> {
 }
 
 pub(super) fn parse_replica(text: &str) -> Result<ReplicaRequest, String> {
+    let (text, protocol) = match text.rsplit_once(",protocol=") {
+        None => (text, Protocol::C),
+        Some((text, protocol)) => (text, protocol.parse()?),
+    };
     let (node, backing) = match text.split_once('=') {
         None => (text, None),
         Some((node, path)) => (node, Some(PathBuf::from(path))),
@@ -135,6 +139,7 @@ pub(super) fn parse_replica(text: &str) -> Result<ReplicaRequest, String> {
     Ok(ReplicaRequest {
         node: node.to_owned(),
         backing,
+        protocol,
     })
 }
 
@@ -147,6 +152,15 @@ mod tests {
         assert_eq!(parse_replica("alfa").unwrap().backing, None);
         let replica = parse_replica("alfa=/dev/sdb").unwrap();
         assert_eq!(replica.backing, Some(PathBuf::from("/dev/sdb")));
+        let replica = parse_replica("alfa=/dev/sdb,protocol=A").unwrap();
+        assert_eq!(replica.backing, Some(PathBuf::from("/dev/sdb")));
+        assert_eq!(replica.protocol, Protocol::A);
+        assert_eq!(
+            parse_replica("alfa,protocol=B").unwrap().protocol,
+            Protocol::B
+        );
+        let error = parse_replica("alfa,protocol=D").unwrap_err();
+        assert!(error.contains("A, B or C"), "{error}");
         assert!(parse_replica("alfa=sdb").unwrap_err().contains("absolute"));
         assert!(parse_replica("=/dev/sdb").unwrap_err().contains("no name"));
     }

@@ -200,7 +200,18 @@ impl Page {
                 .unwrap_or_else(|| "disk state unknown".to_owned()),
         ];
         words.extend(replica.replication.clone());
-        if let Some(dirty) = replica.dirty_bytes.filter(|dirty| *dirty > 0) {
+        if let Some(protocol) = replica.protocol.as_ref().filter(|name| *name != "C") {
+            words.push(format!("protocol {protocol}"));
+        }
+        if let (Some(bytes), Some(ms)) = (replica.behind_bytes, replica.behind_ms)
+            && bytes > 0
+        {
+            let (s, tenths) = (ms / 1000, ms % 1000 / 100);
+            words.push(format!(
+                "behind by {} and {s}.{tenths} s",
+                format_size(bytes)
+            ));
+        } else if let Some(dirty) = replica.dirty_bytes.filter(|dirty| *dirty > 0) {
             words.push(format!("lacks {}", format_size(dirty)));
         }
         if let Some(percent) = replica.sync_percent {

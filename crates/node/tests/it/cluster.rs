@@ -442,6 +442,7 @@ impl Cluster {
             in_flight: 0,
             waiting: None,
             peers: BTreeMap::new(),
+            behind: BTreeMap::new(),
         });
         if status.disk == DiskState::Failed {
             return;

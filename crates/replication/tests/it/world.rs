@@ -18,7 +18,7 @@ use relevo_types::{
     Time, VolumeId,
     cluster::{
         ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Ports, Proof, Protocol,
-        ReplicaSpec, Volume, VolumeChange,
+        ReplicaSpec, Volume, VolumeChange, VolumeOptions,
     },
 };
 use relevo_wire::{Body, Message};
@@ -114,7 +114,8 @@ fn spec(name: &str) -> NodeSpec {
     }
 }
 
-fn control_state(nodes: u32, size: u64) -> ClusterState {
+fn control_state(protocols: &[Protocol], size: u64) -> ClusterState {
+    let nodes = u32::try_from(protocols.len()).unwrap();
     let mut state = ClusterState::default();
     let mut apply = |command: Command| state.apply(&command).unwrap();
     apply(Command::Init {
@@ -140,7 +141,7 @@ fn control_state(nodes: u32, size: u64) -> ClusterState {
     }
     let replica = |number| ReplicaSpec {
         node: NodeId(number),
-        protocol: Protocol::C,
+        protocol: protocols[number as usize - 1],
         backing: None,
         force: false,
     };
@@ -179,6 +180,12 @@ fn formatted(node: NodeId, slot: ReplicaSlot, layout: &Layout, start: Start) -> 
 }
 
 impl World {
+    /// Replicas with these protocols, all linked, the first one primary.
+    pub(crate) fn mixed(protocols: &[Protocol], blocks: u64) -> Self {
+        let hot = Lab::default().hot_regions_max;
+        Self::with_protocols(protocols, blocks, 1, hot).open(A)
+    }
+
     /// Engines attached and linked, no primary.
     pub(crate) fn new(nodes: u32, blocks: u64, seed: u64) -> Self {
         Self::with_hot_regions(nodes, blocks, seed, Lab::default().hot_regions_max)
@@ -186,9 +193,20 @@ impl World {
 
     /// The same with small activity logs.
     pub(crate) fn with_hot_regions(nodes: u32, blocks: u64, seed: u64, hot: usize) -> Self {
+        let protocols = vec![Protocol::C; nodes as usize];
+        Self::with_protocols(&protocols, blocks, seed, hot)
+    }
+
+    /// The same with a protocol for each replica.
+    pub(crate) fn with_protocols(
+        protocols: &[Protocol],
+        blocks: u64,
+        seed: u64,
+        hot: usize,
+    ) -> Self {
         let size = blocks * BLOCK as u64;
         let layout = Layout::new(size).unwrap();
-        let control = control_state(nodes, size);
+        let control = control_state(protocols, size);
         let lab = Lab {
             hot_regions_max: hot,
             ..Lab::default()
@@ -533,6 +551,19 @@ impl World {
         }
     }
 
+    /// The administrator changes the volume's options.
+    pub(crate) fn set_options(&mut self, change: impl FnOnce(&mut VolumeOptions)) {
+        let volume = self.volume();
+        let (expect, mut options) = (volume.version, volume.options.clone());
+        change(&mut options);
+        self.apply_control(&Command::SetVolumeOptions {
+            volume: V,
+            expect,
+            options,
+        });
+        self.publish();
+    }
+
     fn publish(&mut self) {
         let volume = Arc::new(self.volume().clone());
         for node in self.nodes.values_mut() {
@@ -710,14 +741,17 @@ impl World {
 
     /// Linked, leased, the node open.
     pub(crate) fn opened(nodes: u32, blocks: u64, primary: NodeId) -> Self {
-        let mut world = Self::new(nodes, blocks, 1);
-        world.connect_all();
-        world.run();
-        world.promote(primary);
-        world.pass_ms(10);
-        world.lease(primary, Duration::from_secs(3600));
-        assert!(world.status(primary).open, "{:?}", world.status(primary));
-        world
+        Self::new(nodes, blocks, 1).open(primary)
+    }
+
+    fn open(mut self, primary: NodeId) -> Self {
+        self.connect_all();
+        self.run();
+        self.promote(primary);
+        self.pass_ms(10);
+        self.lease(primary, Duration::from_secs(3600));
+        assert!(self.status(primary).open, "{:?}", self.status(primary));
+        self
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use relevo_types::{
     Sensitivity,
-    cluster::{NodeKind, NodePath, NodeSpec, Ports},
+    cluster::{NodeKind, NodePath, NodeSpec, Ports, Protocol},
 };
 use serde::{Deserialize, Serialize};
 
@@ -131,6 +131,9 @@ pub struct ReplicaRequest {
     /// Backing file or device there; `None`: a file in the node's pool directory.
     #[serde(default)]
     pub backing: Option<PathBuf>,
+    /// Its protocol; the weaker one of two replicas' counts between them. C if not given.
+    #[serde(default)]
+    pub protocol: Protocol,
 }
 
 /// `POST /v1/volumes/{name}/replicas`. Answered when the replica exists; it is filled after that.

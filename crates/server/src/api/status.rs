@@ -177,6 +177,12 @@ pub struct ReplicaStatus {
     pub replication: Option<String>,
     /// Bytes that it lacks, where known.
     pub dirty_bytes: Option<u64>,
+    /// A replica of protocol A: bytes that it may lack of what the primary wrote, by the primary's word.
+    pub behind_bytes: Option<u64>,
+    /// How old the oldest of them is, in milliseconds; 0: it has everything.
+    pub behind_ms: Option<u64>,
+    /// The protocol between it and the primary; `None` for the primary, or without one.
+    pub protocol: Option<String>,
     /// Progress of its resync since it began, in percent.
     pub sync_percent: Option<u8>,
     /// How its node reads and writes the backing: `io_uring`, `thread pool` ...

@@ -555,5 +555,6 @@ fn no_status() -> EngineStatus {
         in_flight: 0,
         waiting: None,
         peers: BTreeMap::new(),
+        behind: BTreeMap::new(),
     }
 }

@@ -289,6 +289,12 @@ impl Sources<'_> {
             .to_owned(),
             disk: local.map(|local| local.disk.clone()),
             replication: told.map(|peer| peer.state.clone()),
+            behind_bytes: told.and_then(|peer| Some(peer.behind?.0)),
+            behind_ms: told.and_then(|peer| Some(peer.behind?.1)),
+            protocol: volume
+                .primary
+                .filter(|primary| *primary != node)
+                .map(|primary| volume.protocol(primary, node).to_string()),
             dirty_bytes: dirty.map(|blocks| blocks.saturating_mul(BLOCK_SIZE)),
             sync_percent: percent,
             driver: local.and_then(|local| local.driver.clone()),

@@ -63,6 +63,9 @@ pub(crate) struct LocalPeer {
     pub(crate) dirty_blocks: Option<u64>,
     /// The most blocks that it lacked in this resync.
     pub(crate) dirty_at_first: Option<u64>,
+    /// A replica of protocol A, told by its primary: bytes that it may lack, and for how long it does.
+    #[serde(default)]
+    pub(crate) behind: Option<(u64, u64)>,
 }
 
 /// Makes this node's report.
@@ -119,6 +122,11 @@ impl LocalSource {
                             state: peer_state(*state).to_owned(),
                             dirty_blocks: dirty_blocks(*state),
                             dirty_at_first: live.progress.get(node).copied(),
+                            behind: status.engine.behind.get(node).map(|behind| {
+                                let since = behind.since.map(|since| status.as_of.since(since));
+                                let ms = since.map_or(0, |since| since.as_millis());
+                                (behind.bytes, u64::try_from(ms).unwrap_or(u64::MAX))
+                            }),
                         };
                         (*node, peer)
                     });
@@ -179,17 +187,21 @@ const fn peer_state(state: PeerState) -> &'static str {
         PeerState::Connected => "Connected",
         PeerState::SyncSource { .. } => "SyncSource",
         PeerState::SyncTarget => "SyncTarget",
-        PeerState::Established => "Established",
+        PeerState::Established | PeerState::Following => "Established",
+        PeerState::Ahead { .. } => "Ahead",
+        PeerState::Behind => "Behind",
     }
 }
 
 pub(crate) const fn dirty_blocks(state: PeerState) -> Option<u64> {
     match state {
-        PeerState::SyncSource { dirty } => Some(dirty),
+        PeerState::SyncSource { dirty } | PeerState::Ahead { dirty } => Some(dirty),
         PeerState::Connecting
         | PeerState::StandAlone
         | PeerState::Connected
         | PeerState::SyncTarget
+        | PeerState::Following
+        | PeerState::Behind
         | PeerState::Established => None,
     }
 }

@@ -156,6 +156,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         .to_owned(),
         dirty_blocks: dirty.map(|(left, _)| left),
         dirty_at_first: dirty.map(|(_, all)| all),
+        behind: None,
     };
     let volume = LocalVolume {
         disk: "UpToDate".to_owned(),

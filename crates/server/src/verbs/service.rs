@@ -3,10 +3,10 @@
 use std::{net::IpAddr, time::Duration};
 
 use relevo_types::{
-    NodeId, ServiceId,
+    NodeId, ServiceId, VolumeId,
     cluster::{
-        AddressPart, ClusterState, Command, MountPart, Outcome, Part, ProcessPart, Service,
-        ServiceSpec, VolumePart,
+        AddressPart, ClusterState, Command, MountPart, Outcome, Part, ProcessPart, Protocol,
+        Service, ServiceSpec, VolumePart,
     },
 };
 
@@ -20,6 +20,10 @@ use crate::{
 
 /// How often a call that waits for a service to run looks at its holder's report.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// How long a switchover waits for a replica of protocol A to get all that it lacks. It is admitted for
+/// five minutes, and the move itself needs a part of them.
+const DRAIN_WAIT: Duration = Duration::from_secs(240);
 
 /// A service that failed and that nobody took in so many looks (a second) is not taken at all: the
 /// planner needs some milliseconds.
@@ -106,6 +110,9 @@ impl Cluster {
             None => None,
         };
         if let Some(node) = target {
+            let service = find_service(&state, name, &what)?;
+            self.drain_to(service, node, &what).await?;
+            let state = self.state();
             check_move(&state, find_service(&state, name, &what)?, node, &what)?;
         }
         self.change(
@@ -122,6 +129,49 @@ impl Cluster {
             });
         }
         self.await_running(id, name, target, what).await
+    }
+
+    /// Before a switchover to replicas of protocol A: they get what they lack and join the in-sync set.
+    async fn drain_to(&self, service: &Service, node: NodeId, what: &str) -> Result<(), ApiError> {
+        let volumes: Vec<VolumeId> = service.spec.volumes().collect();
+        for id in volumes {
+            let state = self.state();
+            let Some(volume) = state.volumes.get(&id) else {
+                continue;
+            };
+            let follows = volume.primary.is_some_and(|primary| {
+                volume.replicas.contains_key(&node)
+                    && volume.protocol(primary, node) == Protocol::A
+                    && !volume.in_sync.contains(&node)
+            });
+            if !follows {
+                continue;
+            }
+            // Taken back first: the time for which it holds counts from the change.
+            let name = volume.name.clone();
+            let node_name = state.node_name(node);
+            for admit in ["none", &node_name] {
+                let change = [("admit".to_owned(), admit.to_owned())];
+                self.set_volume_options(&name, &change).await?;
+            }
+            let late = || {
+                ApiError::new(
+                    ErrorKind::Unavailable,
+                    what,
+                    format!(
+                        "the replica of volume `{name}` on {node_name}, of protocol A, did not get all that it lacks within {} s",
+                        DRAIN_WAIT.as_secs()
+                    ),
+                    "`relevo status` shows how far it is behind; ask again when that is less",
+                )
+            };
+            self.await_state(DRAIN_WAIT, late, |state| match state.volumes.get(&id) {
+                Some(volume) if !volume.in_sync.contains(&node) => Found::NotYet,
+                _ => Found::Yes(()),
+            })
+            .await?;
+        }
+        Ok(())
     }
 
     async fn disable(&self, id: ServiceId, what: &str) -> Result<(), ApiError> {

@@ -239,9 +239,9 @@ fn replica_specs(
     request: &CreateVolumeRequest,
     what: &str,
 ) -> Result<Vec<ReplicaSpec>, ApiError> {
-    let spec = |node, backing| ReplicaSpec {
+    let spec = |node, backing, protocol| ReplicaSpec {
         node,
-        protocol: Protocol::C,
+        protocol,
         backing,
         force: request.force,
     };
@@ -250,7 +250,7 @@ fn replica_specs(
             .nodes
             .values()
             .filter(|node| node.spec.kind == NodeKind::Data)
-            .map(|node| spec(node.id, None))
+            .map(|node| spec(node.id, None, Protocol::C))
             .collect());
     }
     request
@@ -258,7 +258,7 @@ fn replica_specs(
         .iter()
         .map(|replica| {
             let node = find_node(state, &replica.node, what)?;
-            Ok(spec(node, replica.backing.clone()))
+            Ok(spec(node, replica.backing.clone(), replica.protocol))
         })
         .collect()
 }

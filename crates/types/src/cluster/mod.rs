@@ -13,7 +13,7 @@ mod state;
 mod tests;
 
 pub use command::{Command, Outcome, Proof, Rejection, VolumeChange};
-pub use options::VolumeOptions;
+pub use options::{Congestion, OnCongestion, PairProtocol, VolumeOptions};
 pub use service::{
     AddressPart, FailureRecord, MountPart, Part, ProcessPart, Service, ServiceSpec, VolumePart,
 };

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::ClusterState;
+use super::{ClusterState, Protocol};
+use crate::NodeId;
 
 /// The choices for one volume. They may change while it is in use.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -13,6 +14,70 @@ pub struct VolumeOptions {
     pub on_no_data: OnLoss,
     /// What requests do while the cluster can't agree on a smaller in-sync set.
     pub on_no_quorum: OnLoss,
+    /// Pairs of replicas whose protocol is not the weaker one of the two replicas' own.
+    pub protocols: Vec<PairProtocol>,
+    /// A node whose replica of protocol A may be in the in-sync set for a while, as before a planned
+    /// switchover to it.
+    pub admit: Option<NodeId>,
+    /// What happens when a replica of protocol A does not keep up.
+    pub congestion: Congestion,
+}
+
+/// The protocol of one pair of replicas.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PairProtocol {
+    /// The two nodes, the lower one first.
+    pub nodes: [NodeId; 2],
+    /// The protocol between them.
+    pub protocol: Protocol,
+}
+
+/// How far a replica of protocol A may be behind, and what happens then.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Congestion {
+    /// `sndbuf-size`: bytes under way to such a replica at most, [`Self::SNDBUF`].
+    pub sndbuf_bytes: u64,
+    /// `on-congestion`
+    pub policy: OnCongestion,
+    /// `congestion-fill`: with [`OnCongestion::PullAhead`], bytes under way at which it is left behind;
+    /// at most what fits the buffer.
+    pub fill_bytes: u64,
+    /// `congestion-extents`: the same by the number of regions of 1 MiB that the activity log holds
+    /// while something is under way to it.
+    pub extents: u32,
+}
+
+/// `on-congestion`
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum OnCongestion {
+    /// The application's writes wait.
+    #[default]
+    Block,
+    /// The replica is left behind: marks instead of data, until its buffer is empty.
+    PullAhead,
+}
+
+impl Congestion {
+    /// What `sndbuf-size` may be. The upper end is the engine's bound for data that is not
+    /// acknowledged everywhere.
+    pub const SNDBUF: std::ops::RangeInclusive<u64> = 4096..=64 << 20;
+
+    /// Bytes under way at which a replica is left behind.
+    #[must_use]
+    pub fn pull_ahead_at(&self) -> u64 {
+        self.fill_bytes.min(self.sndbuf_bytes)
+    }
+}
+
+impl Default for Congestion {
+    fn default() -> Self {
+        Self {
+            sndbuf_bytes: 16 << 20,
+            policy: OnCongestion::Block,
+            fill_bytes: 12 << 20,
+            extents: 1000,
+        }
+    }
 }
 
 /// `on-io-error`
@@ -103,7 +168,114 @@ const TABLE: &[Entry] = &[
             Some(())
         },
     },
+    Entry {
+        key: "protocol",
+        allowed: "`default` (each pair has the weaker one of its replicas' own), or a list of pairs like `alpha/beta:A,beta/gamma:C`",
+        show: show_protocols,
+        set: |options, state, value| {
+            options.protocols = parse_protocols(state, value)?;
+            Some(())
+        },
+    },
+    Entry {
+        key: "admit",
+        allowed: "none, or a node: its replica of protocol A then joins the in-sync set for up to 5 minutes, as before a planned switchover to it",
+        show: |options, state| {
+            let node = options.admit.map(|node| state.node_name(node));
+            node.unwrap_or_else(|| "none".to_owned())
+        },
+        set: |options, state, value| {
+            options.admit = match value {
+                "none" => None,
+                node => Some(state.node_named(node)?.id),
+            };
+            Some(())
+        },
+    },
+    Entry {
+        key: "sndbuf-size",
+        allowed: "4096 to 67108864 bytes",
+        show: |options, _| options.congestion.sndbuf_bytes.to_string(),
+        set: |options, _, value| {
+            options.congestion.sndbuf_bytes = parse_sndbuf(value)?;
+            Some(())
+        },
+    },
+    Entry {
+        key: "on-congestion",
+        allowed: "block or pull-ahead",
+        show: |options, _| {
+            match options.congestion.policy {
+                OnCongestion::Block => "block",
+                OnCongestion::PullAhead => "pull-ahead",
+            }
+            .to_owned()
+        },
+        set: |options, _, value| {
+            options.congestion.policy = match value {
+                "block" => OnCongestion::Block,
+                "pull-ahead" => OnCongestion::PullAhead,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Entry {
+        key: "congestion-fill",
+        allowed: "4096 to 67108864 bytes",
+        show: |options, _| options.congestion.fill_bytes.to_string(),
+        set: |options, _, value| {
+            options.congestion.fill_bytes = parse_sndbuf(value)?;
+            Some(())
+        },
+    },
+    Entry {
+        key: "congestion-extents",
+        allowed: "a number of regions, at least 1",
+        show: |options, _| options.congestion.extents.to_string(),
+        set: |options, _, value| {
+            options.congestion.extents = value.parse().ok().filter(|extents| *extents > 0)?;
+            Some(())
+        },
+    },
 ];
+
+fn parse_sndbuf(value: &str) -> Option<u64> {
+    let bytes = value.parse().ok()?;
+    Congestion::SNDBUF.contains(&bytes).then_some(bytes)
+}
+
+fn show_protocols(options: &VolumeOptions, state: &ClusterState) -> String {
+    if options.protocols.is_empty() {
+        return "default".to_owned();
+    }
+    let pairs = options.protocols.iter().map(|pair| {
+        let [one, other] = pair.nodes.map(|node| state.node_name(node));
+        format!("{one}/{other}:{}", pair.protocol)
+    });
+    pairs.collect::<Vec<_>>().join(",")
+}
+
+fn parse_protocols(state: &ClusterState, value: &str) -> Option<Vec<PairProtocol>> {
+    if value == "default" {
+        return Some(Vec::new());
+    }
+    let mut pairs: Vec<PairProtocol> = Vec::new();
+    for pair in value.split(',') {
+        let (nodes, protocol) = pair.rsplit_once(':')?;
+        let (one, other) = nodes.split_once('/')?;
+        let mut nodes = [state.node_named(one)?.id, state.node_named(other)?.id];
+        nodes.sort();
+        if nodes[0] == nodes[1] || pairs.iter().any(|known| known.nodes == nodes) {
+            return None;
+        }
+        pairs.push(PairProtocol {
+            nodes,
+            protocol: protocol.parse().ok()?,
+        });
+    }
+    Some(pairs)
+}
 
 /// The names of all options.
 #[must_use]
@@ -112,6 +284,14 @@ pub fn keys() -> Vec<&'static str> {
 }
 
 impl VolumeOptions {
+    /// What was chosen for a pair of nodes itself, in either order.
+    #[must_use]
+    pub fn protocol_of_pair(&self, one: NodeId, other: NodeId) -> Option<Protocol> {
+        let nodes = [one.min(other), one.max(other)];
+        let pair = self.protocols.iter().find(|pair| pair.nodes == nodes);
+        pair.map(|pair| pair.protocol)
+    }
+
     /// Sets one option by its name. Names of nodes and volumes in the value are looked up in `state`.
     ///
     /// # Errors
@@ -168,6 +348,10 @@ mod tests {
         let mut options = VolumeOptions::default();
         options.set(&state, "on-io-error", "pass_on").unwrap();
         options.set(&state, "on-no-quorum", "io-error").unwrap();
+        options.set(&state, "on-congestion", "pull-ahead").unwrap();
+        options.set(&state, "sndbuf-size", "65536").unwrap();
+        options.set(&state, "congestion-fill", "32768").unwrap();
+        options.set(&state, "congestion-extents", "7").unwrap();
         let mut again = VolumeOptions::default();
         for (key, value) in options.list(&state) {
             again.set(&state, key, &value).unwrap();

@@ -122,8 +122,8 @@ pub struct LeaseStanding {
     pub evicted: bool,
 }
 
-/// When a replica's acknowledgement is due.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+/// When a replica's acknowledgement is due. The order is from the weakest to the strongest.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize, Deserialize)]
 pub enum Protocol {
     /// Written here and handed to the network. Such a replica is outside the in-sync set.
     A,
@@ -132,6 +132,29 @@ pub enum Protocol {
     /// Written by the peer.
     #[default]
     C,
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::A => "A",
+            Self::B => "B",
+            Self::C => "C",
+        })
+    }
+}
+
+impl std::str::FromStr for Protocol {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "A" | "a" => Ok(Self::A),
+            "B" | "b" => Ok(Self::B),
+            "C" | "c" => Ok(Self::C),
+            _ => Err(format!("a protocol is A, B or C, not `{text}`")),
+        }
+    }
 }
 
 /// A replicated block device.
@@ -293,6 +316,22 @@ impl Volume {
     #[must_use]
     pub fn is_created(&self) -> bool {
         self.epoch > Epoch(0)
+    }
+
+    /// When an acknowledgement is due between the replicas of two nodes: what the administrator chose
+    /// for the pair, else the weaker one of what was chosen for each. C for a node without a replica.
+    #[must_use]
+    pub fn protocol(&self, one: NodeId, other: NodeId) -> Protocol {
+        let own = |node| {
+            self.replicas
+                .get(&node)
+                .map(|replica| replica.spec.protocol)
+        };
+        let weaker = own(one).into_iter().chain(own(other)).min();
+        self.options
+            .protocol_of_pair(one, other)
+            .or(weaker)
+            .unwrap_or_default()
     }
 
     /// The bitmap slot of a node's replica.

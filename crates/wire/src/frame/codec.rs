@@ -27,6 +27,10 @@ mod kind {
     pub(super) const REFUSE: u8 = 17;
     pub(super) const PING: u8 = 18;
     pub(super) const PONG: u8 = 19;
+    pub(super) const BEHIND: u8 = 30;
+    pub(super) const FOLLOWING: u8 = 31;
+    pub(super) const RECEIPTS: u8 = 32;
+    pub(super) const RECEIVED: u8 = 33;
 }
 
 const BODY_DATA: u8 = 0;
@@ -120,6 +124,14 @@ pub(super) fn write_fields(
             put_refusal(out, refusal);
             kind::REFUSE
         }
+        Message::Receipts { epoch, wanted } => {
+            out.put_u64_le(epoch.0);
+            out.put_u8(u8::from(*wanted));
+            kind::RECEIPTS
+        }
+        Message::Behind { epoch, id } => put_pair(out, kind::BEHIND, *epoch, *id),
+        Message::Following { epoch } => put_epoch(out, kind::FOLLOWING, *epoch),
+        Message::Received { epoch, seq } => put_pair(out, kind::RECEIVED, *epoch, seq.0),
         Message::StartSync { epoch } => put_epoch(out, kind::START_SYNC, *epoch),
         Message::Reconcile { epoch } => put_epoch(out, kind::RECONCILE, *epoch),
         Message::Flush { epoch, id } => put_pair(out, kind::FLUSH, *epoch, *id),
@@ -287,6 +299,17 @@ fn read_message(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameEr
             epoch: fields.epoch()?,
             seq: fields.seq()?,
         },
+        kind::BEHIND => Message::Behind {
+            epoch: fields.epoch()?,
+            id: fields.u64()?,
+        },
+        kind::FOLLOWING => Message::Following {
+            epoch: fields.epoch()?,
+        },
+        kind::RECEIPTS => Message::Receipts {
+            epoch: fields.epoch()?,
+            wanted: fields.bool()?,
+        },
         kind::RECONCILE => Message::Reconcile {
             epoch: fields.epoch()?,
         },
@@ -302,6 +325,10 @@ fn read_answer(fields: &mut Fields<'_>) -> Result<Message, FrameError> {
             blocks: fields.blocks()?,
         },
         kind::WRITE_ACK => Message::WriteAck {
+            epoch: fields.epoch()?,
+            seq: fields.seq()?,
+        },
+        kind::RECEIVED => Message::Received {
             epoch: fields.epoch()?,
             seq: fields.seq()?,
         },

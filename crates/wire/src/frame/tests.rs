@@ -275,6 +275,16 @@ fn message() -> impl Strategy<Value = Message> {
             blocks,
             certain
         }),
+        pair().prop_map(|(epoch, id)| Message::Behind {
+            epoch: Epoch(epoch),
+            id
+        }),
+        epoch().prop_map(|epoch| Message::Following { epoch }),
+        (epoch(), any::<bool>()).prop_map(|(epoch, wanted)| Message::Receipts { epoch, wanted }),
+        pair().prop_map(|(epoch, seq)| Message::Received {
+            epoch: Epoch(epoch),
+            seq: Seq(seq)
+        }),
         refusal().prop_map(Message::Refuse),
         Just(Message::Ping),
         Just(Message::Pong),

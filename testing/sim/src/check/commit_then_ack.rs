@@ -2,7 +2,10 @@
 //! in-sync set that is committed *at that moment* has it, or something newer in its place; durably
 //! if a flush or FUA was acknowledged. Looked up on the disks themselves.
 
-use relevo_types::{NodeId, cluster::Volume};
+use relevo_types::{
+    BlockRange, NodeId,
+    cluster::{Protocol, Volume},
+};
 
 use super::{Verdict, Violation, linear::History, linear::Tick};
 use crate::{
@@ -22,9 +25,12 @@ pub struct ReplicaView<'a> {
     pub disk: &'a Disk,
     /// When it last lost power without having been resynced since.
     pub lost_power: Option<Tick>,
+    /// What its process received and has not written.
+    pub received: &'a [BlockRange],
 }
 
-/// Checks a write that is acknowledged now.
+/// Checks a write that is acknowledged now. A replica of protocol B may have only received it, while
+/// its process lives.
 ///
 /// # Errors
 /// A member of the in-sync set lacks it.
@@ -43,7 +49,15 @@ pub fn write(
         if excused && !durable {
             continue;
         }
+        let pair = volume
+            .primary
+            .map(|primary| volume.protocol(primary, replica.node));
+        let by_receipt = pair == Some(Protocol::B) && !durable;
         for block in history.write(number).blocks.iter() {
+            let received = |run: &BlockRange| run.first <= block && block < run.end();
+            if by_receipt && replica.received.iter().any(received) {
+                continue;
+            }
             has(replica, history, block, number, durable, "acknowledged")?;
         }
     }

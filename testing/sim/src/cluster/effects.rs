@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use relevo_replication::{DiskOp, DiskOpKind, Effect, Input, OpId, PeerState, VolumeEvent};
-use relevo_types::{ByteRange, NodeId, Time};
+use relevo_types::{ByteRange, NodeId, Time, cluster::Protocol};
 use relevo_wire::{Message, Refusal};
 
-use super::{Cluster, Crash, Event, index_of};
+use super::{Cluster, Crash, Event, Phase, index_of, node_id};
 use crate::{
     check::{Verdict, Violation, cold::Seen},
     cluster::machine::Failing,
@@ -303,6 +303,20 @@ impl Cluster {
         if rng.chance(1.0) { delay * 10 } else { delay }
     }
 
+    /// When a message gets on its way: the line to a replica of protocol A may be slow.
+    fn line_free(&mut self, node: Index, peer: Index, message: &Message) -> Time {
+        let now = self.queue.now();
+        let volume = self.control.volume();
+        let far = volume.protocol(node_id(node), node_id(peer)) == Protocol::A
+            && matches!(message, Message::Write { .. } | Message::SyncWrite { .. });
+        if !far || self.scenario.far_us == 0 || self.phase != Phase::Trouble {
+            return now;
+        }
+        let line = &mut self.machines[peer].line_busy_until;
+        *line = (*line).max(now) + Duration::from_micros(self.scenario.far_us);
+        *line
+    }
+
     fn send(&mut self, node: Index, peer: NodeId, message: Message) -> Verdict {
         if let Some(process) = &mut self.machines[node].process {
             process
@@ -323,7 +337,19 @@ impl Cluster {
             }
             _ => {}
         }
-        let due = self.queue.now() + self.message_delay();
+        match &message {
+            Message::Behind { .. } => self.marks.reached("protocol A: pulled ahead of a replica"),
+            Message::Following { .. } if self.machines[index_of(peer)].was_behind => {
+                self.machines[index_of(peer)].was_behind = false;
+                self.marks
+                    .reached("protocol A: one that was left behind has caught up");
+            }
+            _ => {}
+        }
+        if matches!(message, Message::Behind { .. }) {
+            self.machines[index_of(peer)].was_behind = true;
+        }
+        let due = self.line_free(node, index_of(peer), &message) + self.message_delay();
         if let Some((head, due)) = self.net.send(node, index_of(peer), message, due) {
             self.queue.at(due, Event::Arrive(head));
         }
@@ -346,7 +372,11 @@ impl Cluster {
             VolumeEvent::DiskFailed { .. } => {
                 process.disk_failed = true;
                 self.person_needed = true;
-                process.open = None;
+                let open = process.open.take().is_some();
+                if !open && self.gives_receipts(node) {
+                    // What it received and did not write is lost; its word may still be on the way.
+                    self.machines[node].lost_power = Some(self.history.tick());
+                }
             }
             VolumeEvent::Opened { epoch } => {
                 process.open = Some(epoch);
@@ -377,6 +407,12 @@ impl Cluster {
             if self.target == Some(self.machines[node].id) {
                 self.marks
                     .reached("switchover: the old primary demoted, another opened");
+                let last = self.last_open.map_or(node, |last| last);
+                let volume = self.control.volume();
+                if volume.protocol(node_id(last), node_id(node)) == Protocol::A {
+                    self.marks
+                        .reached("protocol A: switchover to such a replica");
+                }
             }
         }
         self.last_open = Some(node);
@@ -386,6 +422,13 @@ impl Cluster {
         }
         self.ambush(node);
         Ok(())
+    }
+
+    /// Whether a node's replica is of protocol B towards any other.
+    fn gives_receipts(&self, node: Index) -> bool {
+        let (volume, node) = (self.control.volume(), node_id(node));
+        let mut others = volume.replicas.keys().filter(|other| **other != node);
+        others.any(|other| volume.protocol(node, *other) == Protocol::B)
     }
 
     /// A node's process is gone, with its power or without.
@@ -415,7 +458,19 @@ impl Cluster {
         if promoting {
             self.marks.reached("crash while promoting, before opening");
         }
+        // What a replica received and did not write is gone with its process, like what was not
+        // flushed is gone with the power.
+        let engine = self.machines[node].process.as_ref();
+        let received = engine
+            .and_then(|process| process.engine.as_ref())
+            .is_some_and(|engine| !engine.received_blocks().is_empty());
+        let receipts = self.gives_receipts(node);
         let machine = &mut self.machines[node];
+        if received && receipts {
+            machine.lost_power = Some(self.history.tick());
+            self.marks
+                .reached("protocol B: a replica crashed with received writes");
+        }
         machine.process = None;
         machine.paused_until = None;
         machine.crash_in = None;

@@ -4,7 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use relevo_replication::Input;
+use relevo_replication::{Input, PeerState};
 use relevo_types::{
     NodeId, Time,
     cluster::{Command, Outcome, Proof, Rejection, VolumeChange},
@@ -395,12 +395,32 @@ impl Cluster {
     }
 
     /// Whether the committed state has all replicas in sync.
-    pub(super) fn all_in_sync(&self) -> bool {
+    /// Replicas of protocol A are outside the set: they follow, and if they must be `equal` have all.
+    pub(super) fn all_in_sync(&self, equal: bool) -> bool {
         let volume = &self.control.state().volumes[&VOLUME];
-        volume
-            .replicas
-            .keys()
-            .all(|node| volume.in_sync.contains(node) || self.is_out_of_order(index_of(*node)))
+        volume.replicas.keys().all(|node| {
+            volume.in_sync.contains(node)
+                || self.is_out_of_order(index_of(*node))
+                || self.follows(*node, equal)
+        })
+    }
+
+    fn follows(&self, node: NodeId, equal: bool) -> bool {
+        let status = self
+            .open_primary()
+            .and_then(|primary| self.engine(primary))
+            .map(relevo_replication::Engine::status);
+        let Some(status) = status else {
+            return false;
+        };
+        let Some(behind) = status.behind.get(&node) else {
+            return false;
+        };
+        match status.peers.get(&node) {
+            Some(PeerState::Following) => !equal || behind.bytes == 0,
+            Some(PeerState::Ahead { .. } | PeerState::SyncSource { .. }) => !equal,
+            _ => false,
+        }
     }
 
     /// Its disk failed, and nobody repairs it yet.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use relevo_replication::{AppRequest, Input, ReplyError, RequestId};
-use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange};
+use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange, cluster::Protocol};
 use relevo_wire::Body;
 
 use super::{Cluster, Event, Phase, node_id};
@@ -74,7 +74,7 @@ impl Cluster {
             Phase::Trouble => !self.quiet,
             Phase::Healing => {
                 let hangs = self.machines.iter().any(|machine| machine.hung);
-                !self.scenario.idle_heal || self.all_in_sync() || hangs
+                !self.scenario.idle_heal || self.all_in_sync(false) || hangs
             }
             Phase::Settling => false,
         };
@@ -256,13 +256,23 @@ impl Cluster {
                     self.one_writer
                         .acknowledged(node_id(node), epoch, pending.invoked)?;
                 }
-                let replicas = self.replica_views();
+                let received = self.received();
+                let volume = self.control.volume();
+                let early = (0..).zip(&received).any(|(node, received)| {
+                    !received.is_empty() && volume.in_sync.contains(&node_id(node))
+                });
+                if early && self.scenario.protocols.contains(&Protocol::B) {
+                    self.marks
+                        .reached("protocol B: acknowledged before the disk did");
+                }
+                let replicas = self.replica_views(&received);
                 let volume = self.control.volume();
                 commit_then_ack::write(volume, &replicas, &self.history, *number, *fua)?;
                 self.history.write_acked(*number, *fua)
             }
             What::Flush => {
-                let replicas = self.replica_views();
+                let received = self.received();
+                let replicas = self.replica_views(&received);
                 commit_then_ack::flush(
                     self.control.volume(),
                     &replicas,
@@ -296,13 +306,29 @@ impl Cluster {
         Ok(())
     }
 
-    fn replica_views(&self) -> Vec<commit_then_ack::ReplicaView<'_>> {
+    fn replica_views<'a>(
+        &'a self,
+        received: &'a [Vec<BlockRange>],
+    ) -> Vec<commit_then_ack::ReplicaView<'a>> {
         self.machines[..self.scenario.data_nodes]
             .iter()
-            .map(|machine| commit_then_ack::ReplicaView {
+            .zip(received)
+            .map(|(machine, received)| commit_then_ack::ReplicaView {
                 node: machine.id,
                 disk: &machine.disk,
                 lost_power: machine.lost_power,
+                received,
+            })
+            .collect()
+    }
+
+    /// What each replica received and has not written.
+    fn received(&self) -> Vec<Vec<BlockRange>> {
+        let nodes = 0..self.scenario.data_nodes;
+        nodes
+            .map(|node| {
+                let engine = self.engine(node);
+                engine.map_or_else(Vec::new, relevo_replication::Engine::received_blocks)
             })
             .collect()
     }

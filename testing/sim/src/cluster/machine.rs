@@ -46,6 +46,10 @@ pub(super) struct Machine {
     pub(super) clock_offset: Duration,
     /// When it last lost power without having been resynced since.
     pub(super) lost_power: Option<Tick>,
+    /// It was left behind as a replica of protocol A.
+    pub(super) was_behind: bool,
+    /// The line to it, if it is far away, carries something until then.
+    pub(super) line_busy_until: Time,
     /// When it last said that all it was sent is on stable storage.
     pub(super) barrier_passed: Tick,
     /// It crashes after so many more effects.
@@ -108,6 +112,8 @@ impl Machine {
             known: (0, known),
             clock_offset,
             lost_power: None,
+            was_behind: false,
+            line_busy_until: Time::ZERO,
             barrier_passed: Tick(0),
             crash_in: None,
             slow_until: Time::ZERO,

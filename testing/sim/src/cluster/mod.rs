@@ -220,12 +220,13 @@ impl Cluster {
         let mut node_chance = Rng::new(seed, 3);
         let lineage = LineageId(node_chance.id());
         let control = Control::new(
-            u32::try_from(scenario.data_nodes).unwrap_or(0),
+            &scenario.protocols[..scenario.data_nodes],
             scenario.witness,
             scenario.blocks * BLOCK_SIZE,
             lineage,
             scenario.sensitivity,
         )
+        .and_then(|control| control.with_congestion(scenario.congestion))
         .map_err(|rejection| setup(rejection.to_string()))?;
         let control = if scenario.managed {
             control

@@ -64,7 +64,7 @@ impl Cluster {
             Stage::Leaving => {
                 // It became primary meanwhile: it can only go when another one is.
                 let others = self.control.volume().in_sync.len() > 1;
-                let healing = self.phase == Phase::Healing && others && self.all_in_sync();
+                let healing = self.phase == Phase::Healing && others && self.all_in_sync(false);
                 if healing && self.open_primary() == Some(node) {
                     self.switchover()?;
                 }

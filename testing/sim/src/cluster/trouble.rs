@@ -6,7 +6,7 @@ use std::time::Duration;
 use relevo_replication::Input;
 
 use super::{Cluster, Crash, Event, Phase, node_id, verify::QUIET};
-use relevo_types::cluster::Command;
+use relevo_types::cluster::{Command, Protocol, VolumeOptions};
 
 use crate::{
     check::Verdict,
@@ -46,6 +46,12 @@ impl Cluster {
         let any = self.chance.trouble.index(self.scenario.nodes());
         let data = self.chance.trouble.index(self.scenario.data_nodes);
         self.trace.all(now, || format!("fault: {fault:?}"));
+        let primary = self.open_primary().and_then(|node| self.engine(node));
+        let waits = primary.and_then(|engine| engine.status().waiting);
+        if waits.is_some_and(|words| words.contains("on-congestion")) {
+            self.marks
+                .reached("protocol A: congestion blocked the application");
+        }
         match fault {
             Fault::CrashProcess => self.crash_and_return(any, Crash::Process),
             Fault::LosePower => self.crash_and_return(any, Crash::Power),
@@ -258,6 +264,22 @@ impl Cluster {
             return Ok(());
         };
         let other = self.other_than(primary, self.scenario.data_nodes);
+        let volume = self.control.volume();
+        let pair = volume.protocol(node_id(primary), node_id(other));
+        if pair == Protocol::A && !volume.in_sync.contains(&node_id(other)) {
+            // First it drains and joins; the next switchover may find it in the set.
+            let options = VolumeOptions {
+                admit: Some(node_id(other)),
+                ..volume.options.clone()
+            };
+            let command = Command::SetVolumeOptions {
+                volume: volume.id,
+                expect: volume.version,
+                options,
+            };
+            drop(self.commit_now(primary, &command));
+            return Ok(());
+        }
         self.target = Some(node_id(other));
         if let Some(process) = &mut self.machines[primary].process {
             process.stepping_down = true;

@@ -120,7 +120,7 @@ impl Cluster {
     fn is_whole(&self) -> bool {
         self.load.writes_answered >= 3
             && (self.replaced.is_none() || self.scenario.repair_late && !self.repairing)
-            && self.all_in_sync()
+            && self.all_in_sync(false)
             && self.open_primary().is_some()
             && (!self.scenario.managed || self.service_runs())
     }
@@ -170,7 +170,7 @@ impl Cluster {
     }
 
     fn is_silent_and_whole(&self) -> bool {
-        self.is_silent() && self.all_in_sync() && self.open_primary().is_some()
+        self.is_silent() && self.all_in_sync(true) && self.open_primary().is_some()
     }
 
     /// Nothing is under way that could change a byte.
@@ -242,7 +242,7 @@ impl Cluster {
         marked::check(self.scenario.blocks, disk(source), disk(target), &marks)
     }
 
-    fn engine(&self, node: Index) -> Option<&relevo_replication::Engine> {
+    pub(super) fn engine(&self, node: Index) -> Option<&relevo_replication::Engine> {
         self.machines[node].process.as_ref()?.engine.as_ref()
     }
 

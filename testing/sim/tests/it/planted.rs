@@ -71,3 +71,28 @@ fn opening_before_reconciliation_is_caught() {
 fn taking_messages_of_lower_epochs_is_caught() {
     caught(PlantedBug::IgnoreLowerEpoch);
 }
+
+#[test]
+fn a_replica_of_protocol_a_in_the_set_that_nobody_waits_for_is_caught() {
+    caught(PlantedBug::AsyncCountsAsInSync);
+}
+
+#[test]
+fn leaving_a_replica_behind_without_marks_is_caught() {
+    caught(PlantedBug::AheadWithoutMarks);
+}
+
+#[test]
+fn trusting_old_acknowledgements_of_one_left_behind_is_caught() {
+    caught(PlantedBug::AheadTrustsOldAcks);
+}
+
+#[test]
+fn a_flush_that_forgets_what_was_only_received_is_caught() {
+    caught(PlantedBug::FlushForgetsReceived);
+}
+
+#[test]
+fn a_receipt_that_counts_as_written_is_caught() {
+    caught(PlantedBug::ReceiptSettles);
+}
