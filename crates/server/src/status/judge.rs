@@ -1,7 +1,8 @@
 //! The verdict on a status: what is not as it should be. Pure.
 
 use crate::api::{
-    ClusterStatus, Health, NodeStatus, PartState, ServiceState, ServiceStatus, VolumeStatus,
+    ClusterStatus, Health, NodeStatus, PartState, ReplicaStatus, ServiceState, ServiceStatus,
+    VolumeStatus,
 };
 
 /// The health of a cluster, and a sentence for each thing that is not as it should be.
@@ -90,7 +91,7 @@ impl Findings {
             if replica.disk.as_deref() == Some("Failed") {
                 let problem = format!("the replica of volume {name} on {node} failed");
                 self.add(Health::Degraded, problem);
-            } else if !volume.in_sync.contains(node) {
+            } else if !volume.in_sync.contains(node) && !follows(replica) {
                 let progress = match replica.sync_percent {
                     Some(percent) => format!("; its resync is {percent} % done"),
                     None => String::new(),
@@ -99,6 +100,15 @@ impl Findings {
                     format!("the replica of volume {name} on {node} is not in sync{progress}");
                 self.add(Health::Degraded, problem);
             }
+        }
+        let alone = volume.in_sync.len() == 1 && volume.replicas.len() > 1;
+        if alone
+            && let (Some(primary), true) = (&volume.primary, volume.replicas.iter().any(follows))
+        {
+            let problem = format!(
+                "no other replica has acknowledged data of volume {name}: if {primary} is lost, what its replicas of protocol A lack is lost too"
+            );
+            self.add(Health::Degraded, problem);
         }
         if let Some(wait) = &volume.wait {
             let problem = format!("volume {name} waits: {}", wait.why);
@@ -141,4 +151,10 @@ impl Findings {
             }
         }
     }
+}
+
+/// A replica of protocol A that does what it shall: it is never in sync, and gets every write.
+fn follows(replica: &ReplicaStatus) -> bool {
+    replica.protocol.as_deref() == Some("A")
+        && replica.replication.as_deref() == Some("Established")
 }

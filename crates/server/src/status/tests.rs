@@ -213,6 +213,32 @@ fn a_healthy_cluster() {
 }
 
 #[test]
+fn a_replica_of_protocol_a_is_no_trouble_but_no_safety() {
+    let mut state = state();
+    let volume = state.volumes.get_mut(&VolumeId(1)).unwrap();
+    volume.replicas.get_mut(&NodeId(2)).unwrap().spec.protocol = Protocol::A;
+    volume.in_sync.remove(&NodeId(2));
+    let mut report = report(None);
+    let volume = report.volumes.get_mut(&VolumeId(1)).unwrap();
+    volume.peers.get_mut(&NodeId(2)).unwrap().behind = Some((8192, 1500));
+    let observed = observed(Liveness::Alive, Phase::Running);
+    let status = status(&state, &observed, report);
+    let beta = &status.volumes[0].replicas[1];
+    assert_eq!(beta.protocol.as_deref(), Some("A"));
+    assert_eq!(
+        (beta.behind_bytes, beta.behind_ms),
+        (Some(8192), Some(1500))
+    );
+    let (_, problems) = judge(&status);
+    assert_eq!(
+        problems,
+        [
+            "no other replica has acknowledged data of volume mail: if alfa is lost, what its replicas of protocol A lack is lost too"
+        ]
+    );
+}
+
+#[test]
 fn a_resync_shows_its_progress() {
     let mut state = state();
     state
