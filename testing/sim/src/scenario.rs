@@ -219,6 +219,13 @@ impl Scenario {
             }
         }
         let (protocols, congestion, far_us) = mixture(seed);
+        if protocols[..data_nodes].contains(&Protocol::A) {
+            // A replacement ends when it is in sync, which a replica of protocol A never is by itself.
+            faults.retain(|(fault, _)| *fault != Fault::Replicas);
+            if faults.is_empty() {
+                faults.push((Fault::BreakLink, 1));
+            }
+        }
         Self {
             seed,
             data_nodes,
