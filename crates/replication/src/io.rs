@@ -283,6 +283,13 @@ pub enum PeerState {
     },
     /// This node gets what it lacks.
     SyncTarget,
+    /// The same as `SyncSource`, but an operator of either side paused it.
+    PausedSyncS {
+        /// Blocks left.
+        dirty: u64,
+    },
+    /// The same as `SyncTarget`, but an operator of either side paused it.
+    PausedSyncT,
     /// In sync.
     Established,
     /// Protocol A: one of the two gets every write and is waited for by none. DRBD calls it

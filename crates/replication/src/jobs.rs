@@ -233,6 +233,7 @@ impl Machine {
             }
             Owner::PeerSync(reply, sync_id) => {
                 self.end_job(cx, id);
+                self.copied_here(cx, reply, blocks);
                 self.peer_sync_done(cx, reply, sync_id);
             }
             Owner::AppRead(request) => {

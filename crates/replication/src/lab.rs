@@ -48,6 +48,8 @@ pub enum PlantedBug {
     /// A write that was only received counts as written everywhere: nobody remembers that a replica
     /// that crashes may lack it (rule 5).
     ReceiptSettles,
+    /// A paused resync counts as done (rule 4).
+    JoinWhilePaused,
 }
 
 impl Lab {

@@ -27,6 +27,7 @@ mod machine;
 mod metadata;
 mod ops;
 mod order;
+mod pause;
 mod primary;
 mod promotion;
 mod proposals;

@@ -39,6 +39,8 @@ pub(crate) struct Link {
     pub(crate) gives_receipts: bool,
     /// The peer was told that this node wants that.
     pub(crate) wants_receipts: bool,
+    /// The peer said that the resync shall stand still.
+    pub(crate) peer_pauses: bool,
     /// The peer's reign over this replica.
     pub(crate) incoming: Option<Incoming>,
     /// This node's reign over the peer's replica.
@@ -90,6 +92,7 @@ impl Machine {
             pinged: false,
             gives_receipts: false,
             wants_receipts: false,
+            peer_pauses: false,
             incoming: None,
             session: None,
         };
@@ -101,6 +104,7 @@ impl Machine {
             epoch: self.seen_epoch(),
         };
         self.send(cx, peer, Message::Hello(hello));
+        self.tell_pause(cx, peer);
     }
 
     /// Forgets a link and all that depended on it.
@@ -233,7 +237,7 @@ impl Machine {
             Message::WriteAck { epoch, seq } => self.write_acked(cx, peer, epoch, seq),
             Message::FlushAck { id, .. } => self.flush_acked(cx, peer, id),
             Message::SyncAck { id, .. } => {
-                self.sync_acked(peer, id);
+                self.sync_acked(cx, peer, id);
                 self.push_acked(peer, id);
             }
             Message::BarrierAck { id, .. } => self.barrier_acked(cx, peer, id),
@@ -242,6 +246,7 @@ impl Machine {
                 blocks,
                 certain,
             } => self.tail_arrived(peer, epoch, blocks, certain),
+            Message::PauseSync { paused } => self.peer_pauses(peer, paused),
             Message::Refuse(refusal) => {
                 self.close_link(cx, peer, format!("the peer ended it: {refusal}"));
             }

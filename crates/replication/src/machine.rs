@@ -21,6 +21,7 @@ use crate::{
     link::Link,
     metadata::{Metadata, Ticket},
     ops::{Cx, OpUse, Ops},
+    pause::Pauses,
     primary::Primary,
     promotion::Promotion,
     proposals::Proposals,
@@ -77,6 +78,7 @@ pub(crate) struct Machine {
     pub(crate) held_flushes: Vec<(JobId, FlushFor)>,
     /// Peers that there shall be no link to, and why.
     pub(crate) standalone: BTreeMap<NodeId, String>,
+    pub(crate) pauses: Pauses,
 }
 
 /// What this node is for the volume.
@@ -146,6 +148,7 @@ impl Machine {
             gave_receipts: false,
             held_flushes: Vec::new(),
             standalone: BTreeMap::new(),
+            pauses: Pauses::default(),
         }
     }
 
@@ -180,6 +183,7 @@ impl Machine {
             Role::Primary(_) => self.settle_primary(cx),
         }
         self.settle_proposals(cx);
+        self.settle_saving(cx);
         self.settle_detach(cx);
         if self.detach == Some(Detach::Done) {
             // The backing is somebody else's from now on, whatever came meanwhile.

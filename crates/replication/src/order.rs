@@ -20,6 +20,16 @@ pub enum Order {
         /// The peer; `None`: all.
         peer: Option<NodeId>,
     },
+    /// Let the resync to or from a peer, or any, stand still; writes go on being replicated.
+    PauseSync {
+        /// The peer; `None`: all.
+        peer: Option<NodeId>,
+    },
+    /// End [`Self::PauseSync`] of this side.
+    ResumeSync {
+        /// The peer; `None`: all.
+        peer: Option<NodeId>,
+    },
     /// End [`Self::Disconnect`].
     Connect {
         /// The peer; `None`: all.
@@ -41,6 +51,16 @@ impl Machine {
                 for peer in self.peers_named(peer)? {
                     let why = "an operator disconnected it";
                     self.stand_alone(cx, peer, why.to_owned());
+                }
+            }
+            Order::PauseSync { peer } => {
+                for peer in self.peers_named(peer)? {
+                    self.pause_sync(cx, peer, true);
+                }
+            }
+            Order::ResumeSync { peer } => {
+                for peer in self.peers_named(peer)? {
+                    self.pause_sync(cx, peer, false);
                 }
             }
             Order::Connect { peer } => {

@@ -194,6 +194,7 @@ impl Machine {
         }
         self.standalone
             .retain(|peer, _| volume.replicas.contains_key(peer));
+        self.forget_pauses(|peer| volume.replicas.contains_key(peer));
         self.told_peers
             .retain(|peer, _| volume.replicas.contains_key(peer));
     }

@@ -94,7 +94,7 @@ impl Machine {
     }
 
     /// Whether the link is the same and its reign was not replaced.
-    fn is_current(&self, reply: Reply) -> bool {
+    pub(crate) fn is_current(&self, reply: Reply) -> bool {
         self.links.get(&reply.peer).is_some_and(|link| {
             link.number == reply.link
                 && link

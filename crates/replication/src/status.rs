@@ -75,13 +75,21 @@ impl Machine {
                 | Stage::Barrier(_)
                 | Stage::Joining
                 | Stage::Settling(_),
-            ) => PeerState::SyncSource {
-                dirty: self.dirty_count(peer),
-            },
+            ) => {
+                let dirty = self.dirty_count(peer);
+                if self.is_sync_paused(peer) {
+                    PeerState::PausedSyncS { dirty }
+                } else {
+                    PeerState::SyncSource { dirty }
+                }
+            }
             None => match self.reigning() {
                 Some((primary, Part::Member)) if primary == peer => PeerState::Established,
                 Some((primary, Part::Following)) if primary == peer => PeerState::Following,
                 Some((primary, Part::Behind)) if primary == peer => PeerState::Behind,
+                Some((primary, Part::Target)) if primary == peer && self.is_sync_paused(peer) => {
+                    PeerState::PausedSyncT
+                }
                 Some((primary, Part::Target)) if primary == peer => PeerState::SyncTarget,
                 _ if link.hello.is_some() => PeerState::Connected,
                 _ => PeerState::Connecting,
@@ -211,6 +219,7 @@ impl Machine {
         let admitted = admitted.map(|(_, until)| until);
         self.links_deadline()
             .min(admitted.unwrap_or(Time::NEVER))
+            .min(self.saving_deadline())
             .min(self.proposals.deadline())
             .min(promotion)
             .min(complete)

@@ -220,6 +220,9 @@ impl Machine {
         let Some(slot) = self.slot(peer) else {
             return;
         };
+        if self.is_sync_paused(peer) {
+            return;
+        }
         let window = self.config.resync_window;
         loop {
             let dirty = self.meta.bitmaps.of(slot);
@@ -286,16 +289,13 @@ impl Machine {
         );
     }
 
-    pub(crate) fn sync_acked(&mut self, peer: NodeId, id: u64) {
-        let Some(slot) = self.slot(peer) else {
-            return;
-        };
+    pub(crate) fn sync_acked(&mut self, cx: &Cx<'_>, peer: NodeId, id: u64) {
         let Some(session) = self.session_mut(peer) else {
             return;
         };
         if let Some(blocks) = session.sent.remove(&id) {
             session.busy.clear(blocks, |_| {});
-            self.meta.bitmaps.clear(slot, blocks);
+            self.copied_there(cx, peer, blocks);
         }
     }
 
@@ -304,7 +304,8 @@ impl Machine {
         let Some(slot) = self.slot(peer) else {
             return;
         };
-        let clean = self.meta.bitmaps.of(slot).is_empty();
+        let mut clean = self.meta.bitmaps.of(slot).is_empty();
+        clean |= self.lab.has(PlantedBug::JoinWhilePaused) && self.is_sync_paused(peer);
         let id = self.last_id + 1;
         let joins = self.may_join(peer);
         let Some(session) = self.session_mut(peer) else {

@@ -174,6 +174,12 @@ pub enum Message {
     Refuse(Refusal),
 
     // Both.
+    /// The sender's operator wants the resync between the two to stand still, or to go on. Holds for
+    /// this link; writes are replicated all the same.
+    PauseSync {
+        /// It shall stand still.
+        paused: bool,
+    },
     /// Keeps an idle link provably alive. Answered by [`Message::Pong`].
     Ping,
     /// Answer to `Ping`.

@@ -9,6 +9,8 @@ pub const ALL: &[&str] = &[
     "a replica was added to a volume in use",
     "an operator suspended I/O",
     "an operator disconnected a replica",
+    "an operator paused a resync",
+    "a paused resync went on",
     "a read was held while the lease was over",
     "an unflushed write was lost with the power",
     "activity log: a region was evicted",

@@ -32,6 +32,7 @@ impl Planted {
         (PlantedBug::AheadTrustsOldAcks, "ahead-trusts-old-acks"),
         (PlantedBug::FlushForgetsReceived, "flush-forgets-received"),
         (PlantedBug::ReceiptSettles, "receipt-settles"),
+        (PlantedBug::JoinWhilePaused, "join-while-paused"),
     ];
 
     /// Its name on the command line.

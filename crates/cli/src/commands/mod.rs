@@ -68,6 +68,10 @@ pub enum Verb {
     Disconnect(order::PeerArgs),
     /// Link this node's replica to the others again
     Connect(order::PeerArgs),
+    /// Let the resync of a volume to and from this node stand still; writes go on being replicated
+    PauseSync(order::PeerArgs),
+    /// Let the resync of a volume go on
+    ResumeSync(order::PeerArgs),
     /// Move every service off a node and let none come back
     Standby(role::StandbyArgs),
     /// Let services come to a node again
@@ -116,6 +120,14 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         }
         Verb::Connect(args) => {
             let request = OrderRequest::Connect { node: args.node };
+            block_on(order::give(&context, &args.volume, request))
+        }
+        Verb::PauseSync(args) => {
+            let request = OrderRequest::PauseSync { node: args.node };
+            block_on(order::give(&context, &args.volume, request))
+        }
+        Verb::ResumeSync(args) => {
+            let request = OrderRequest::ResumeSync { node: args.node };
             block_on(order::give(&context, &args.volume, request))
         }
         Verb::Standby(args) => block_on(role::standby(&context, args, true)),

@@ -4,6 +4,7 @@ mod disk;
 mod knowledge;
 mod nonsense;
 mod orders;
+mod pause;
 mod protocols;
 mod replicas;
 mod scenarios;

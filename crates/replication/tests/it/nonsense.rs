@@ -51,7 +51,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(20) {
+    match random.below(21) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -106,6 +106,9 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
             epoch,
             blocks: runs(random),
             certain: random.one_in(2),
+        },
+        19 => Message::PauseSync {
+            paused: random.one_in(2),
         },
         18 => Message::Refuse(Refusal::Protocol {
             reason: String::new(),
@@ -265,7 +268,9 @@ fn something_happens(world: &mut World) {
             }
         }
         _ => {
-            let order = match world.random.below(4) {
+            let order = match world.random.below(6) {
+                4 => Order::PauseSync { peer: None },
+                5 => Order::ResumeSync { peer: None },
                 0 => Order::SuspendIo,
                 1 => Order::ResumeIo,
                 2 => Order::Disconnect { peer: None },

@@ -99,6 +99,10 @@ pub(crate) struct World {
     /// Lines of trace to print when it fails; 0: none are kept, which is much faster.
     trace_lines: usize,
     trace: Vec<String>,
+    /// Blocks sent by resyncs so far.
+    pub(crate) copied: u64,
+    /// Bytes of data in them: zeroes are none.
+    pub(crate) copied_bytes: u64,
 }
 
 fn spec(name: &str) -> NodeSpec {
@@ -230,6 +234,8 @@ impl World {
                 .and_then(|text| text.parse().ok())
                 .unwrap_or(0),
             trace: Vec::new(),
+            copied: 0,
+            copied_bytes: 0,
             control,
         };
         for (node, replica) in world.volume().replicas.clone() {
@@ -387,6 +393,12 @@ impl World {
         match effect {
             Effect::Disk(op) => self.node(id).ops.push(op),
             Effect::Send { peer, message } => {
+                if let Message::SyncWrite { range, body, .. } = &message {
+                    self.copied += range.len / BLOCK as u64;
+                    if let Body::Data(data) = body {
+                        self.copied_bytes += data.len() as u64;
+                    }
+                }
                 if self.up.contains(&(id, peer)) && !self.silent.contains(&(id, peer)) {
                     self.wire(id, peer).push_back(Packet::Message(message));
                 }
@@ -676,26 +688,34 @@ impl World {
     /// Everything that can happen without time passing happens.
     pub(crate) fn run(&mut self) {
         for _ in 0..200_000 {
-            let wires = self.busy_wires();
-            if let Some((from, to)) = wires.first().copied() {
-                self.deliver(from, to);
-            } else if let Some(id) = self
-                .ids()
-                .into_iter()
-                .find(|id| !self.nodes[id].ops.is_empty() && !self.nodes[id].disk.stalled)
-            {
-                if self.is_up(id) {
-                    self.finish_op(id, 0);
-                } else {
-                    self.node(id).ops.clear();
-                }
-            } else if let Some(id) = self.ids().into_iter().find(|id| self.has_config(*id)) {
-                self.deliver_config(id);
-            } else if !self.commits || !self.commit() {
+            if !self.step() {
                 return;
             }
         }
         panic!("the world does not come to rest\n{}", self.tail());
+    }
+
+    /// One thing happens that needs no time; false: there is none.
+    pub(crate) fn step(&mut self) -> bool {
+        let wires = self.busy_wires();
+        if let Some((from, to)) = wires.first().copied() {
+            self.deliver(from, to);
+        } else if let Some(id) = self
+            .ids()
+            .into_iter()
+            .find(|id| !self.nodes[id].ops.is_empty() && !self.nodes[id].disk.stalled)
+        {
+            if self.is_up(id) {
+                self.finish_op(id, 0);
+            } else {
+                self.node(id).ops.clear();
+            }
+        } else if let Some(id) = self.ids().into_iter().find(|id| self.has_config(*id)) {
+            self.deliver_config(id);
+        } else {
+            return self.commits && self.commit();
+        }
+        true
     }
 
     /// Time passes; everything happens when it is due.

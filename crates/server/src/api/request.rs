@@ -172,6 +172,18 @@ pub enum OrderRequest {
         #[serde(default)]
         node: Option<String>,
     },
+    /// Let the resync to and from a peer stand still.
+    PauseSync {
+        /// Name of the peer; `None`: all.
+        #[serde(default)]
+        node: Option<String>,
+    },
+    /// Let it go on.
+    ResumeSync {
+        /// Name of the peer; `None`: all.
+        #[serde(default)]
+        node: Option<String>,
+    },
     /// Have one again.
     Connect {
         /// Name of the peer; `None`: all.

@@ -190,18 +190,23 @@ const fn peer_state(state: PeerState) -> &'static str {
         PeerState::Established | PeerState::Following => "Established",
         PeerState::Ahead { .. } => "Ahead",
         PeerState::Behind => "Behind",
+        PeerState::PausedSyncS { .. } => "PausedSyncS",
+        PeerState::PausedSyncT => "PausedSyncT",
     }
 }
 
 pub(crate) const fn dirty_blocks(state: PeerState) -> Option<u64> {
     match state {
-        PeerState::SyncSource { dirty } | PeerState::Ahead { dirty } => Some(dirty),
+        PeerState::SyncSource { dirty }
+        | PeerState::PausedSyncS { dirty }
+        | PeerState::Ahead { dirty } => Some(dirty),
         PeerState::Connecting
         | PeerState::StandAlone
         | PeerState::Connected
         | PeerState::SyncTarget
         | PeerState::Following
         | PeerState::Behind
+        | PeerState::PausedSyncT
         | PeerState::Established => None,
     }
 }

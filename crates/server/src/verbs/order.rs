@@ -126,6 +126,20 @@ fn translate(
                 node.clone().unwrap_or_else(all)
             ),
         ),
+        OrderRequest::PauseSync { node } => (
+            Order::PauseSync { peer: peer(node)? },
+            format!(
+                "The resync of volume {name} to and from {} stands still until `relevo resume-sync {name}`; writes are replicated all the same.",
+                node.clone().unwrap_or_else(all)
+            ),
+        ),
+        OrderRequest::ResumeSync { node } => (
+            Order::ResumeSync { peer: peer(node)? },
+            format!(
+                "The resync of volume {name} to and from {} may go on; if the other side paused it too, it must be resumed there.",
+                node.clone().unwrap_or_else(all)
+            ),
+        ),
         OrderRequest::Connect { node } => (
             Order::Connect { peer: peer(node)? },
             format!(

@@ -31,6 +31,7 @@ mod kind {
     pub(super) const FOLLOWING: u8 = 31;
     pub(super) const RECEIPTS: u8 = 32;
     pub(super) const RECEIVED: u8 = 33;
+    pub(super) const PAUSE_SYNC: u8 = 20;
 }
 
 const BODY_DATA: u8 = 0;
@@ -132,6 +133,10 @@ pub(super) fn write_fields(
         Message::Behind { epoch, id } => put_pair(out, kind::BEHIND, *epoch, *id),
         Message::Following { epoch } => put_epoch(out, kind::FOLLOWING, *epoch),
         Message::Received { epoch, seq } => put_pair(out, kind::RECEIVED, *epoch, seq.0),
+        Message::PauseSync { paused } => {
+            out.put_u8(u8::from(*paused));
+            kind::PAUSE_SYNC
+        }
         Message::StartSync { epoch } => put_epoch(out, kind::START_SYNC, *epoch),
         Message::Reconcile { epoch } => put_epoch(out, kind::RECONCILE, *epoch),
         Message::Flush { epoch, id } => put_pair(out, kind::FLUSH, *epoch, *id),
@@ -350,6 +355,9 @@ fn read_answer(fields: &mut Fields<'_>) -> Result<Message, FrameError> {
             blocks: fields.blocks()?,
         },
         kind::REFUSE => Message::Refuse(fields.refusal()?),
+        kind::PAUSE_SYNC => Message::PauseSync {
+            paused: fields.bool()?,
+        },
         kind::PING => Message::Ping,
         kind::PONG => Message::Pong,
         found => return Err(FrameError::UnknownType { found }),

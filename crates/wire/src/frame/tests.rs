@@ -285,6 +285,7 @@ fn message() -> impl Strategy<Value = Message> {
             epoch: Epoch(epoch),
             seq: Seq(seq)
         }),
+        any::<bool>().prop_map(|paused| Message::PauseSync { paused }),
         refusal().prop_map(Message::Refuse),
         Just(Message::Ping),
         Just(Message::Pong),
@@ -348,7 +349,7 @@ proptest! {
 
     #[test]
     fn fields_of_garbage_with_good_checksums_never_panic(
-        kind in 0u8..24,
+        kind in 0u8..40,
         fields in prop::collection::vec(any::<u8>(), 0..120),
         data in prop::collection::vec(any::<u8>(), 0..40),
     ) {

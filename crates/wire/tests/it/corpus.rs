@@ -6,7 +6,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 19;
+pub(crate) const KINDS: usize = 20;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
@@ -110,7 +110,10 @@ fn of_kind(kind: usize, random: &mut Random) -> Message {
             certain: random.one_in(2),
         },
         16 => Message::Refuse(refusal(random)),
-        17 => Message::Ping,
+        17 => Message::PauseSync {
+            paused: random.one_in(2),
+        },
+        18 => Message::Ping,
         _ => Message::Pong,
     }
 }

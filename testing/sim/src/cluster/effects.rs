@@ -385,8 +385,16 @@ impl Cluster {
             }
             VolumeEvent::Closed { .. } => process.open = None,
             VolumeEvent::Peer { state, .. } => {
+                let paused = matches!(
+                    state,
+                    PeerState::PausedSyncS { .. } | PeerState::PausedSyncT
+                );
                 let now_syncing =
-                    matches!(state, PeerState::SyncSource { .. } | PeerState::SyncTarget);
+                    paused || matches!(state, PeerState::SyncSource { .. } | PeerState::SyncTarget);
+                if process.sync_paused && now_syncing && !paused {
+                    self.marks.reached("a paused resync went on");
+                }
+                process.sync_paused = paused;
                 let began = now_syncing && !process.syncing;
                 process.syncing = now_syncing;
                 if began {

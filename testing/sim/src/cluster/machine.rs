@@ -92,6 +92,8 @@ pub(super) struct Process {
     pub(super) started: Time,
     /// A resync runs to or from it, as it says.
     pub(super) syncing: bool,
+    /// One of them stands still by an order.
+    pub(super) sync_paused: bool,
     /// Watches which epochs it is under.
     pub(super) lower_epoch: LowerEpoch,
 }

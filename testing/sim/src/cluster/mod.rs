@@ -560,6 +560,7 @@ impl Cluster {
             stepping_down: false,
             started: now,
             syncing: false,
+            sync_paused: false,
             lower_epoch: LowerEpoch::default(),
         });
         if has_replica {

@@ -10,7 +10,13 @@ use crate::{check::Verdict, net::Index};
 impl Cluster {
     /// Gives an order to an engine, and the opposite one a while later.
     pub(super) fn give_orders(&mut self, node: Index) -> Verdict {
-        let (order, opposite) = if self.chance.trouble.chance(50.0) {
+        let (order, opposite) = if self.chance.trouble.chance(30.0) {
+            self.marks.reached("an operator paused a resync");
+            (
+                Order::PauseSync { peer: None },
+                Order::ResumeSync { peer: None },
+            )
+        } else if self.chance.trouble.chance(50.0) {
             self.marks.reached("an operator suspended I/O");
             (Order::SuspendIo, Order::ResumeIo)
         } else {
@@ -31,7 +37,11 @@ impl Cluster {
     /// Takes back what any engine was ordered.
     pub(super) fn end_orders(&mut self) {
         for node in 0..self.scenario.data_nodes {
-            for order in [Order::ResumeIo, Order::Connect { peer: None }] {
+            for order in [
+                Order::ResumeIo,
+                Order::Connect { peer: None },
+                Order::ResumeSync { peer: None },
+            ] {
                 self.queue
                     .after(Duration::ZERO, Event::Order { node, order });
             }

@@ -96,3 +96,8 @@ fn a_flush_that_forgets_what_was_only_received_is_caught() {
 fn a_receipt_that_counts_as_written_is_caught() {
     caught(PlantedBug::ReceiptSettles);
 }
+
+#[test]
+fn joining_while_the_resync_is_paused_is_caught() {
+    caught(PlantedBug::JoinWhilePaused);
+}
