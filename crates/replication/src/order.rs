@@ -1,6 +1,6 @@
 //! What an operator tells an engine: it is obeyed or refused with a reason, and answered once.
 
-use relevo_types::NodeId;
+use relevo_types::{BlockRange, NodeId};
 
 use crate::{io::Effect, machine::Machine, ops::Cx};
 
@@ -30,6 +30,8 @@ pub enum Order {
         /// The peer; `None`: all.
         peer: Option<NodeId>,
     },
+    /// Take every block of this replica for wrong: it is copied anew from the primary.
+    Invalidate,
     /// End [`Self::Disconnect`].
     Connect {
         /// The peer; `None`: all.
@@ -63,11 +65,36 @@ impl Machine {
                     self.pause_sync(cx, peer, false);
                 }
             }
+            Order::Invalidate => return self.invalidate(cx),
             Order::Connect { peer } => {
                 for peer in self.peers_named(peer)? {
                     self.standalone.remove(&peer);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// The uncertain map is what the primary asks for when it begins a resync, and that it begins with the
+    /// next link: this replica then leaves the in-sync set like one that was lost.
+    fn invalidate(&mut self, cx: &mut Cx<'_>) -> Result<(), String> {
+        if !matches!(self.role, crate::machine::Role::Secondary) {
+            return Err("this node is primary: the data is what the others are copied from; make another node primary first".to_owned());
+        }
+        let volume = self.volume.as_ref();
+        let source = volume.and_then(|volume| {
+            let others = volume.in_sync.iter().any(|node| *node != self.node());
+            volume.primary.filter(|_| others)
+        });
+        if source.is_none() {
+            return Err("no other node is primary that it could be copied from".to_owned());
+        }
+        let all = BlockRange::new(0, self.meta.layout().data_blocks());
+        let own = self.meta.own_slot();
+        self.meta.bitmaps.set(own, all);
+        self.meta.want_bitmaps();
+        for peer in self.links.keys().copied().collect::<Vec<_>>() {
+            self.close_link(cx, peer, "an operator invalidated this replica".to_owned());
         }
         Ok(())
     }

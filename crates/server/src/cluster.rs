@@ -431,6 +431,23 @@ impl Cluster {
         self.volumes.order_replica(volume, order).await
     }
 
+    /// Opens this node's replica of a volume again.
+    pub(crate) async fn attach_replica(&self, volume: VolumeId) -> Result<(), String> {
+        self.volumes.attach(volume).await
+    }
+
+    /// Closes this node's replica of a volume.
+    pub(crate) async fn detach_replica(&self, volume: VolumeId) -> Result<(), String> {
+        self.volumes.detach(volume).await
+    }
+
+    /// Whether this node's replica has a link to the primary's.
+    pub(crate) fn is_connected_to_primary(&self, volume: &relevo_types::cluster::Volume) -> bool {
+        volume
+            .primary
+            .is_some_and(|primary| self.volumes.is_connected(volume.id, primary))
+    }
+
     /// Tells the engine to step down.
     pub(crate) fn demote(&self, volume: VolumeId) -> Result<(), String> {
         self.volumes.demote(volume)

@@ -283,6 +283,15 @@ impl Stage {
         self.daemons[name].ok(args)
     }
 
+    /// Asks a node's daemon until its answer has these words.
+    ///
+    /// # Panics
+    /// It never has.
+    pub fn expect_answer(&self, name: &str, args: &[&str], words: &str) {
+        let what = format!("{name} says `{words}` to {args:?}");
+        eventually(HEAL_BOUND, &what, || self.say(name, args).contains(words));
+    }
+
     /// Says something to a node's daemon that takes a while.
     ///
     /// # Panics

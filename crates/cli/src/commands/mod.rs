@@ -60,6 +60,22 @@ pub enum Verb {
     Primary(role::RoleArgs),
     /// Make this node secondary of a volume by hand
     Secondary(role::RoleArgs),
+    /// Open this node's replica of a volume: after `detach`, or when its disk was repaired
+    #[command(visible_alias = "up")]
+    Attach(order::OrderArgs),
+    /// Close this node's replica of a volume; its disk is free
+    #[command(visible_alias = "down")]
+    Detach(order::OrderArgs),
+    /// Copy this node's replica of a volume anew from the primary
+    Invalidate(order::OrderArgs),
+    /// Keep this node's replica from being promoted until it was in sync again
+    Outdate(order::OrderArgs),
+    /// Show the role of this node for a volume
+    Role(order::OrderArgs),
+    /// Show the links of a volume's replicas, a line each
+    Cstate(order::OrderArgs),
+    /// Show the disks of a volume's replicas, a line each
+    Dstate(order::OrderArgs),
     /// Let requests to a volume wait, on this node
     SuspendIo(order::OrderArgs),
     /// Let requests to a volume go on
@@ -108,6 +124,17 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         Verb::Service(verb) => block_on(service::run(&context, verb)),
         Verb::Primary(args) => block_on(role::primary(&context, args)),
         Verb::Secondary(args) => block_on(role::secondary(&context, args)),
+        Verb::Attach(args) => block_on(order::give(&context, &args.volume, OrderRequest::Attach)),
+        Verb::Detach(args) => block_on(order::give(&context, &args.volume, OrderRequest::Detach)),
+        Verb::Invalidate(args) => block_on(order::give(
+            &context,
+            &args.volume,
+            OrderRequest::Invalidate,
+        )),
+        Verb::Outdate(args) => block_on(order::give(&context, &args.volume, OrderRequest::Outdate)),
+        Verb::Role(args) => block_on(order::role(&context, &args.volume)),
+        Verb::Cstate(args) => block_on(order::cstate(&context, &args.volume)),
+        Verb::Dstate(args) => block_on(order::dstate(&context, &args.volume)),
         Verb::SuspendIo(args) => {
             block_on(order::give(&context, &args.volume, OrderRequest::SuspendIo))
         }

@@ -1,6 +1,6 @@
 //! Orders of an operator.
 
-use relevo_replication::{Order, PeerState};
+use relevo_replication::{DiskState, Order, PeerState};
 use relevo_types::NodeId;
 
 use crate::world::{A, B, C, World};
@@ -55,4 +55,22 @@ fn orders_that_cannot_be_are_refused_with_a_reason() {
         .order(A, Order::Connect { peer: Some(A) })
         .unwrap_err();
     assert!(error.contains("no other replica"), "{error}");
+}
+
+#[test]
+fn an_invalidated_replica_is_copied_anew() {
+    let mut world = World::opened(2, 1024, A);
+    world.write(A, 9, 1, 5);
+    world.pass_ms(10);
+    // What nobody knows of: the disk of B lies.
+    world.node(B).disk.write(9 * 4096, &[7; 4096]);
+    let error = world.order(A, Order::Invalidate).unwrap_err();
+    assert!(error.contains("primary"), "{error}");
+    world.order(B, Order::Invalidate).unwrap();
+    world.pass_ms(5);
+    world.connect(A, B);
+    world.pass_ms(500);
+    assert!(world.volume().in_sync.contains(&B), "{:?}", world.volume());
+    assert_eq!(world.status(B).disk, DiskState::UpToDate);
+    assert!(world.same(A, B));
 }

@@ -166,6 +166,14 @@ pub enum OrderRequest {
     SuspendIo,
     /// Let them go on.
     ResumeIo,
+    /// Copy everything anew from the primary.
+    Invalidate,
+    /// Don't be promoted, although in sync when the link to the primary was lost.
+    Outdate,
+    /// Open the replica: after `detach`, or when its disk was repaired.
+    Attach,
+    /// Close the replica; its disk is free.
+    Detach,
     /// Have no link to a peer.
     Disconnect {
         /// Name of the peer; `None`: all.

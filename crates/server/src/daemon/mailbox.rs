@@ -33,6 +33,8 @@ pub(super) struct Wishes {
     pub(super) lease: Option<Time>,
     pub(super) links: BTreeMap<NodeId, EstablishedLink>,
     pub(super) demote: bool,
+    pub(super) attach: bool,
+    pub(super) detach: bool,
     pub(super) remove: bool,
     pub(super) close: bool,
     /// With the moment at which each was told.
@@ -79,6 +81,14 @@ impl Mailbox {
 
     pub(crate) fn link(&self, link: EstablishedLink) {
         self.lock().links.insert(link.peer, link);
+        self.changed.notify_all();
+    }
+
+    /// Open the replica again, or close it until then. The last word counts.
+    pub(crate) fn attach(&self, attach: bool) {
+        let mut wishes = self.lock();
+        wishes.attach = attach;
+        wishes.detach = !attach;
         self.changed.notify_all();
     }
 
@@ -145,6 +155,8 @@ impl Wishes {
             && self.create.is_none()
             && !self.remove
             && !self.close
+            && !self.attach
+            && !self.detach
             && self.died.is_none()
             && !self.calls_for_attention()
     }

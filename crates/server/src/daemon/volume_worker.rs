@@ -67,6 +67,8 @@ pub(crate) fn start(volume: VolumeId, shared: Arc<Shared>) -> std::io::Result<Ar
         shared,
         mailbox: Arc::clone(&mailbox),
         handle: None,
+        volume_now: None,
+        down: false,
         links: BTreeMap::new(),
         told: None,
         soon: 0,
@@ -83,6 +85,10 @@ struct Worker {
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
     handle: Option<VolumeHandle>,
+    /// The newest configuration.
+    volume_now: Option<Arc<Volume>>,
+    /// An operator detached the replica.
+    down: bool,
     /// Links that came before the replica was open.
     links: BTreeMap<NodeId, EstablishedLink>,
     /// What the node manager was told last.
@@ -113,6 +119,12 @@ impl Worker {
             }
             if let Some((spec, volume)) = wishes.create {
                 self.create(&spec, &volume);
+            }
+            if wishes.detach {
+                self.detach();
+            }
+            if wishes.attach {
+                self.attach();
             }
             if let Some(volume) = wishes.config {
                 self.configure(volume);
@@ -219,6 +231,10 @@ impl Worker {
 
     /// Opens the replica at the first configuration, and hands every one to the engine.
     fn configure(&mut self, volume: Arc<Volume>) {
+        self.volume_now = Some(Arc::clone(&volume));
+        if self.down {
+            return;
+        }
         if self.handle.is_none() {
             match self.open(&volume) {
                 Ok(live) => {
@@ -240,6 +256,44 @@ impl Worker {
         }
         if let Some(handle) = &self.handle {
             let _gone = handle.config(volume);
+        }
+    }
+
+    /// An operator closes the replica: its disk is free until it is attached again.
+    fn detach(&mut self) {
+        self.down = true;
+        self.shared.set_down(self.volume, true);
+        if self.handle.is_some() {
+            self.close();
+            let name = self.name();
+            self.event(EventLevel::Info, &name, "detached here by an operator");
+        }
+        self.told = None;
+        self.shared.inbox.tell(Input::Volume {
+            volume: self.volume,
+            event: Some(VolumeEvent::Detached),
+            status: EngineStatus {
+                disk: DiskState::Diskless,
+                ..no_status()
+            },
+        });
+    }
+
+    /// An operator opens the replica again: it was detached, or its disk repaired.
+    fn attach(&mut self) {
+        self.down = false;
+        self.shared.set_down(self.volume, false);
+        let usable = self.handle.as_ref().is_some_and(|handle| {
+            let status = handle.status();
+            status.alive && status.engine.disk != DiskState::Failed
+        });
+        if usable {
+            return;
+        }
+        self.close();
+        self.told = None;
+        if let Some(volume) = self.volume_now.clone() {
+            self.configure(volume);
         }
     }
 

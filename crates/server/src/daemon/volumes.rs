@@ -13,7 +13,7 @@ use relevo_control::RaftControl;
 use relevo_datapath::{NbdAddress, VolumeHandle, VolumeStatus};
 use relevo_disk::DriverChoice;
 use relevo_node::VolumeOrder;
-use relevo_replication::{DiskState, EngineConfig, EngineStatus, Order};
+use relevo_replication::{DiskState, EngineConfig, EngineStatus, Order, PeerState};
 use relevo_transport::EstablishedLink;
 use relevo_types::{ClusterId, Instance, NodeId, Time, Timing, VolumeId};
 use tokio::runtime::Handle;
@@ -117,6 +117,18 @@ struct Known {
     live: Option<Live>,
     /// Why its backing could not be opened.
     trouble: Option<String>,
+    /// An operator detached it.
+    down: bool,
+}
+
+/// A replica of this node for `status`.
+pub(crate) struct Local {
+    pub(crate) volume: VolumeId,
+    pub(crate) live: Option<Live>,
+    /// Why its backing could not be opened.
+    pub(crate) trouble: Option<String>,
+    /// An operator detached it.
+    pub(crate) down: bool,
 }
 
 /// A replica whose data thread runs.
@@ -274,6 +286,82 @@ impl Volumes {
         Ok(())
     }
 
+    /// Opens a replica that was detached, or whose disk failed; waits until it is attached.
+    pub(crate) async fn attach(&self, volume: VolumeId) -> Result<(), String> {
+        let mailbox = self.mailbox_of(volume)?;
+        self.shared.set_attaching(volume);
+        mailbox.attach(true);
+        let over = || {
+            let (live, trouble) = self.shared.known(volume)?;
+            if let Some(trouble) = trouble {
+                return Some(Err(trouble));
+            }
+            let status = live?.handle.status().engine;
+            match status.disk {
+                DiskState::Attaching | DiskState::Diskless => None,
+                DiskState::Failed => Some(Err(status.waiting.unwrap_or_default())),
+                _ => Some(Ok(())),
+            }
+        };
+        let looked = async {
+            loop {
+                tokio::time::sleep(LOOK_AGAIN).await;
+                if let Some(result) = over() {
+                    return result;
+                }
+            }
+        };
+        let late = |_| {
+            Err(format!(
+                "it was not attached within {} s",
+                ORDER_WAIT.as_secs()
+            ))
+        };
+        tokio::time::timeout(ORDER_WAIT, looked)
+            .await
+            .unwrap_or_else(late)
+    }
+
+    /// Closes a replica that is not primary; waits until its disk is free.
+    pub(crate) async fn detach(&self, volume: VolumeId) -> Result<(), String> {
+        let mailbox = self.mailbox_of(volume)?;
+        if self
+            .shared
+            .live(volume)
+            .is_some_and(|live| live.handle.status().engine.open)
+        {
+            return Err("this node is primary of the volume".to_owned());
+        }
+        mailbox.attach(false);
+        let free = async {
+            while self.shared.live(volume).is_some() {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        tokio::time::timeout(ORDER_WAIT, free)
+            .await
+            .map_err(|_| format!("its disk was not free within {} s", ORDER_WAIT.as_secs()))
+    }
+
+    /// Whether a replica has a link to a peer's.
+    pub(crate) fn is_connected(&self, volume: VolumeId, peer: NodeId) -> bool {
+        self.shared.live(volume).is_some_and(|live| {
+            let status = live.handle.status().engine;
+            status.peers.get(&peer).is_some_and(|state| {
+                !matches!(state, PeerState::Connecting | PeerState::StandAlone)
+            })
+        })
+    }
+
+    /// The mailbox of a volume that has a replica here.
+    fn mailbox_of(&self, volume: VolumeId) -> Result<Arc<Mailbox>, String> {
+        let volumes = lock(&self.shared.volumes);
+        let known = volumes.get(&volume);
+        known
+            .map(|known| Arc::clone(&known.mailbox))
+            .ok_or_else(|| "it has no replica on this node".to_owned())
+    }
+
     /// Gives an order to the engine of a replica, and waits until it obeyed.
     pub(crate) async fn order_replica(&self, volume: VolumeId, order: Order) -> Result<(), String> {
         let Some(live) = self.shared.live(volume) else {
@@ -296,11 +384,14 @@ impl Volumes {
     }
 
     /// This node's replicas for `status`.
-    pub(crate) fn local(&self) -> Vec<(VolumeId, Option<Live>, Option<String>)> {
-        lock(&self.shared.volumes)
-            .iter()
-            .map(|(id, known)| (*id, known.live.clone(), known.trouble.clone()))
-            .collect()
+    pub(crate) fn local(&self) -> Vec<Local> {
+        let local = |(volume, known): (&VolumeId, &Known)| Local {
+            volume: *volume,
+            live: known.live.clone(),
+            trouble: known.trouble.clone(),
+            down: known.down,
+        };
+        lock(&self.shared.volumes).iter().map(local).collect()
     }
 
     fn mailbox(&self, volume: VolumeId) -> Option<Arc<Mailbox>> {
@@ -315,6 +406,7 @@ impl Volumes {
                     mailbox: Arc::clone(&mailbox),
                     live: None,
                     trouble: None,
+                    down: false,
                 };
                 volumes.insert(volume, known);
                 Some(mailbox)
@@ -343,6 +435,34 @@ impl Shared {
         if let Some(known) = lock(&self.volumes).get_mut(&volume) {
             known.live = live;
             known.trouble = None;
+        }
+    }
+
+    /// What is known of a volume's replica: its data thread, and why it could not be opened.
+    pub(crate) fn known(&self, volume: VolumeId) -> Option<(Option<Live>, Option<String>)> {
+        let volumes = lock(&self.volumes);
+        let known = volumes.get(&volume)?;
+        Some((known.live.clone(), known.trouble.clone()))
+    }
+
+    /// An operator detached a replica, or took it back.
+    pub(crate) fn set_down(&self, volume: VolumeId, down: bool) {
+        if let Some(known) = lock(&self.volumes).get_mut(&volume) {
+            known.down = down;
+        }
+    }
+
+    /// What was known of a replica is over: it is to be opened anew.
+    pub(crate) fn set_attaching(&self, volume: VolumeId) {
+        if let Some(known) = lock(&self.volumes).get_mut(&volume) {
+            known.trouble = None;
+            let failed = known.live.as_ref().is_some_and(|live| {
+                let status = live.handle.status();
+                !status.alive || status.engine.disk == DiskState::Failed
+            });
+            if failed {
+                known.live = None;
+            }
         }
     }
 

@@ -114,7 +114,7 @@ impl LocalSource {
     fn local_volumes(&self) -> BTreeMap<VolumeId, LocalVolume> {
         let local = self.volumes.local().into_iter();
         local
-            .filter_map(|(id, live, trouble)| match (live, trouble) {
+            .filter_map(|known| match (known.live, known.trouble) {
                 (Some(live), _) => {
                     let status = live.handle.status();
                     let peers = status.engine.peers.iter().map(|(node, state)| {
@@ -140,10 +140,20 @@ impl LocalSource {
                         driver: Some(driver_words(&status)),
                         backing: Some(live.backing),
                         remark: live.remark,
-                        device: self.volumes.shared.exports.device(id),
+                        device: self.volumes.shared.exports.device(known.volume),
                         nbd: status.engine.open.then_some(live.nbd),
                     };
-                    Some((id, volume))
+                    Some((known.volume, volume))
+                }
+                (None, _) if known.down => {
+                    let volume = LocalVolume {
+                        disk: "Diskless".to_owned(),
+                        remark: Some(
+                            "an operator detached it; `relevo attach` takes it back".to_owned(),
+                        ),
+                        ..LocalVolume::default()
+                    };
+                    Some((known.volume, volume))
                 }
                 (None, Some(why)) => {
                     let volume = LocalVolume {
@@ -151,7 +161,7 @@ impl LocalSource {
                         remark: Some(why),
                         ..LocalVolume::default()
                     };
-                    Some((id, volume))
+                    Some((known.volume, volume))
                 }
                 (None, None) => None,
             })

@@ -1,7 +1,10 @@
 //! What an administrator chooses for a volume, and orders to this node's replica of it.
 
 use relevo_replication::Order;
-use relevo_types::cluster::{ClusterState, Command, Rejection};
+use relevo_types::{
+    VolumeId,
+    cluster::{ClusterState, Command, Rejection, Volume, VolumeChange},
+};
 
 use super::{find_node, find_volume};
 use crate::{
@@ -88,6 +91,12 @@ impl Cluster {
         let here = state.node_name(self.me());
         let what = format!("volume `{name}` on {here} did not obey");
         let volume = find_volume(&state, name, &what)?;
+        match request {
+            OrderRequest::Attach => return self.attach(name, volume.id, &what).await,
+            OrderRequest::Detach => return self.detach(name, volume.id, &what).await,
+            OrderRequest::Outdate => return self.outdate(name, volume, &what).await,
+            _ => {}
+        }
         let (order, done) = translate(&state, name, &request, &what)?;
         self.order_replica(volume.id, order).await.map_err(|why| {
             ApiError::new(
@@ -98,6 +107,67 @@ impl Cluster {
             )
         })?;
         Ok(Done { done })
+    }
+}
+
+impl Cluster {
+    async fn attach(&self, name: &str, volume: VolumeId, what: &str) -> Result<Done, ApiError> {
+        self.attach_replica(volume).await.map_err(|why| {
+            ApiError::new(
+                ErrorKind::Refused,
+                what,
+                why,
+                format!(
+                    "repair the disk and ask again; if what it held is lost: `relevo volume replica remove {name}` for this node, then `add`, and it is filled from the others"
+                ),
+            )
+        })?;
+        Ok(Done {
+            done: format!(
+                "Volume {name} is attached here; what it missed is copied. `relevo status` shows how far it is."
+            ),
+        })
+    }
+
+    async fn detach(&self, name: &str, volume: VolumeId, what: &str) -> Result<Done, ApiError> {
+        self.detach_replica(volume).await.map_err(|why| {
+            ApiError::new(
+                ErrorKind::Refused,
+                what,
+                why,
+                "move its service or run `relevo secondary` first",
+            )
+        })?;
+        Ok(Done {
+            done: format!(
+                "Volume {name} is detached here, its disk is free. `relevo attach {name}` takes it back."
+            ),
+        })
+    }
+
+    /// By commit: nobody promotes it until it was in sync again.
+    async fn outdate(&self, name: &str, volume: &Volume, what: &str) -> Result<Done, ApiError> {
+        let me = self.me();
+        let refused =
+            |why: &str, remedy: &str| Err(ApiError::new(ErrorKind::Refused, what, why, remedy));
+        if volume.primary == Some(me) {
+            return refused("this node is primary", "run `relevo secondary` first");
+        }
+        if self.is_connected_to_primary(volume) {
+            return refused(
+                "it is connected to the primary, which would bring it in sync at once",
+                &format!("run `relevo disconnect {name}` first"),
+            );
+        }
+        let command = Command::Volume {
+            volume: volume.id,
+            expect: volume.epoch,
+            change: VolumeChange::Leave { nodes: vec![me] },
+        };
+        self.change(what, command).await?;
+        Ok(Done {
+            done: format!("Volume {name} is outdated here until it was in sync again."),
+        })
     }
 }
 
@@ -114,6 +184,18 @@ fn translate(
     };
     let all = || "the other replicas".to_owned();
     Ok(match request {
+        OrderRequest::Attach | OrderRequest::Detach | OrderRequest::Outdate => {
+            return Err(ApiError::new(
+                ErrorKind::Internal,
+                what,
+                "this order is not for the engine",
+                "report this as a bug",
+            ));
+        }
+        OrderRequest::Invalidate => (
+            Order::Invalidate,
+            format!("Volume {name} is copied anew to this node."),
+        ),
         OrderRequest::SuspendIo => (
             Order::SuspendIo,
             format!("Requests to volume {name} wait here until `relevo resume-io {name}`."),

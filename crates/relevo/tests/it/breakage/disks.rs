@@ -1,5 +1,5 @@
 //! Disks that fail. Whatever fails, on whichever node: that replica leaves, the client goes on, and
-//! the daemon takes the disk back when it is started again.
+//! the daemon takes the disk back when it is attached again, or the daemon started again.
 
 use std::{thread::sleep, time::Duration};
 
@@ -8,7 +8,7 @@ use chaos::{Fault, Stage};
 use super::{pair_with_faulty_disks, trio_with_faulty_disks};
 
 /// Switches a fault on, waits until it struck and the volume went on without the disk, then repairs
-/// it and restarts the daemon.
+/// it and takes it back.
 fn fails(stage: &mut Stage, victim: &str, fault: Fault) {
     stage.disk(victim).set(Some(fault));
     chaos::eventually(Duration::from_secs(20), "the fault strikes", || {
@@ -17,8 +17,12 @@ fn fails(stage: &mut Stage, victim: &str, fault: Fault) {
     stage.expect_out_of_sync(victim);
     stage.expect_progress();
     stage.disk(victim).set(None);
-    stage.kill(victim);
-    stage.start(victim);
+    if fault == Fault::Torn {
+        stage.kill(victim);
+        stage.start(victim);
+    } else {
+        stage.say(victim, &["attach", "mail"]);
+    }
     stage.expect_whole();
 }
 

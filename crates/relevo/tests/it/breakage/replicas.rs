@@ -69,3 +69,38 @@ fn a_replica_is_replaced_while_its_node_is_away() {
         assert!(adding.wait().unwrap().success());
     });
 }
+
+#[test]
+fn a_replica_is_detached_attached_and_invalidated() {
+    let plan = trio("a_replica_is_detached_attached_and_invalidated");
+    Stage::play(&plan, |stage, _| {
+        let primary = stage.primary();
+        let victim = stage.secondary();
+        let refused = stage.expect_refusal(&primary, &["detach", "mail"]);
+        assert!(refused.contains("this node is primary"), "{refused}");
+        let refused = stage.expect_refusal(&primary, &["invalidate", "mail"]);
+        assert!(refused.contains("this node is primary"), "{refused}");
+        let refused = stage.expect_refusal(&victim, &["outdate", "mail"]);
+        assert!(refused.contains("connected to the primary"), "{refused}");
+
+        stage.say(&victim, &["down", "mail"]);
+        stage.expect_out_of_sync(&victim);
+        assert_eq!(stage.say(&victim, &["role", "mail"]), "Secondary\n");
+        stage.expect_answer(&victim, &["dstate", "mail"], &format!("{victim} Diskless"));
+        stage.expect_progress();
+        stage.say(&victim, &["up", "mail"]);
+        stage.expect_whole();
+        stage.expect_answer(&victim, &["dstate", "mail"], &format!("{victim} UpToDate"));
+
+        stage.say(&victim, &["disconnect", "mail", &primary]);
+        stage.expect_out_of_sync(&victim);
+        stage.expect_answer(&victim, &["cstate", "mail"], "StandAlone");
+        stage.expect_progress();
+        stage.say(&victim, &["connect", "mail"]);
+        stage.expect_whole();
+
+        stage.say(&victim, &["invalidate", "mail"]);
+        stage.expect_progress();
+        stage.expect_whole();
+    });
+}
