@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, process::ExitCode};
 
 use clap::Args;
-use relevo_server::api::{OrderRequest, ReplicaStatus};
+use relevo_server::api::OrderRequest;
 
 use super::{Context, volume};
 use crate::CliError;
@@ -43,32 +43,25 @@ pub(super) async fn role(context: &Context, name: &str) -> Result<ExitCode, CliE
     Ok(ExitCode::SUCCESS)
 }
 
-/// The links to the other replicas.
+/// This node's links to the other replicas.
 pub(super) async fn cstate(context: &Context, name: &str) -> Result<ExitCode, CliError> {
-    lines(context, name, |replica| replica.replication.as_ref()).await
+    let volume = volume::find(context, name).await?;
+    print_words(context, &volume.links)
 }
 
 /// The state of every replica's disk.
 pub(super) async fn dstate(context: &Context, name: &str) -> Result<ExitCode, CliError> {
-    lines(context, name, |replica| replica.disk.as_ref()).await
+    let volume = volume::find(context, name).await?;
+    let disks = volume.replicas.into_iter();
+    let disks = disks.map(|it| (it.node, it.disk.unwrap_or_else(|| "DUnknown".to_owned())));
+    print_words(context, &disks.collect())
 }
 
-async fn lines(
-    context: &Context,
-    name: &str,
-    word: impl Fn(&ReplicaStatus) -> Option<&String>,
-) -> Result<ExitCode, CliError> {
-    let volume = volume::find(context, name).await?;
-    let words: BTreeMap<&str, Option<&String>> = volume
-        .replicas
-        .iter()
-        .map(|replica| (replica.node.as_str(), word(replica)))
-        .collect();
-    context.print(&words, |words| {
-        let line = |(node, word): (&&str, &Option<&String>)| {
-            word.map_or_else(String::new, |word| format!("{node} {word}\n"))
-        };
-        words.iter().map(line).collect()
+/// A line each: node and word.
+fn print_words(context: &Context, words: &BTreeMap<String, String>) -> Result<ExitCode, CliError> {
+    context.print(words, |words| {
+        let lines = words.iter().map(|(node, word)| format!("{node} {word}\n"));
+        lines.collect()
     })?;
     Ok(ExitCode::SUCCESS)
 }

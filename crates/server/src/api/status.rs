@@ -153,7 +153,11 @@ pub struct VolumeStatus {
     pub in_sync: Vec<String>,
     /// Replicas.
     pub replicas: Vec<ReplicaStatus>,
+    /// The answering node's own links to the other replicas: node and state.
+    #[serde(default)]
+    pub links: BTreeMap<String, String>,
     /// What the administrator chose, or the defaults.
+    #[serde(default)]
     pub options: BTreeMap<String, String>,
     /// Block device on the answering node.
     pub device: Option<PathBuf>,

@@ -240,6 +240,11 @@ impl Sources<'_> {
                 .iter()
                 .map(|(node, replica)| self.replica(volume, *node, replica, teller))
                 .collect(),
+            links: mine
+                .into_iter()
+                .flat_map(|local| &local.peers)
+                .map(|(node, peer)| (self.state.node_name(*node), peer.state.clone()))
+                .collect(),
             options: volume
                 .options
                 .list(self.state)
