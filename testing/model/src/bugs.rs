@@ -1,0 +1,47 @@
+//! Bugs put into the model, one a run, to prove that its properties see.
+
+/// A bug, and the rule of DESIGN section 3 or the sentence of docs/protocol.md that it breaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bug {
+    /// A member without a link is not waited for, although its leave is not committed (rule 2).
+    AckBeforeLeave,
+    /// A mark is cleared when the block is sent (rule 5).
+    ClearOnSend,
+    /// What is sent and not acknowledged when a link is lost is not marked (rule 5).
+    LostLinkNotMarked,
+    /// A promoted node opens without bringing the tails into line (rule 3).
+    OpenBeforeReconcile,
+    /// Data of a primary that was replaced is not refused (rule 1).
+    IgnoreLowerEpoch,
+    /// A replica joins when it was sent everything, not when it has it (rule 4).
+    JoinWithoutBarrier,
+    /// A primary that restarted opens under its old epoch: a `Join` of its earlier life may yet be
+    /// committed.
+    NoFreshEpoch,
+    /// An uncertain node opens although a certain member answered.
+    UncertainOpens,
+    /// A node is evicted while its lease is valid (rule 8).
+    LeaseNotWaitedOut,
+    /// An uncertain node that is promoted does not hear the evicted members either: they leave in the
+    /// same step.
+    UncertainDropsEvicted,
+    /// Equal epochs count as equal histories when two lineages meet (rule 9).
+    EqualEpochEqualData,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::AckBeforeLeave,
+        Self::ClearOnSend,
+        Self::LostLinkNotMarked,
+        Self::OpenBeforeReconcile,
+        Self::IgnoreLowerEpoch,
+        Self::JoinWithoutBarrier,
+        Self::NoFreshEpoch,
+        Self::UncertainOpens,
+        Self::LeaseNotWaitedOut,
+        Self::UncertainDropsEvicted,
+        Self::EqualEpochEqualData,
+    ];
+}

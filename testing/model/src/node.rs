@@ -1,0 +1,766 @@
+//! What a replica does: with a message, with a configuration, with a lost link, and what it goes on
+//! to by itself afterwards.
+
+use crate::{
+    bugs::Bug,
+    state::{Member, Message, NOBODY, Node, Peer, Role, Stage, State, block_of, pair},
+    steps::Protocol,
+};
+
+const fn bit(number: usize) -> u8 {
+    1 << number
+}
+
+fn narrow(number: usize) -> u8 {
+    u8::try_from(number).unwrap_or(u8::MAX)
+}
+
+impl Protocol {
+    pub(crate) fn has(&self, bug: Bug) -> bool {
+        self.bug == Some(bug)
+    }
+
+    /// All nodes but one.
+    pub(crate) fn others(&self, node: usize) -> impl Iterator<Item = usize> + use<> {
+        (0..self.nodes).filter(move |other| *other != node)
+    }
+
+    const fn everyone(&self) -> u8 {
+        bit(self.nodes) - 1
+    }
+
+    fn send(s: &mut State, from: usize, to: usize, message: Message) {
+        if s.linked(from, to) {
+            s.queues[from][to].push(message);
+        }
+    }
+
+    /// A link ends: what is under way on it is gone, and both ends notice.
+    pub(crate) fn break_link(&self, s: &mut State, a: usize, b: usize) {
+        if !s.linked(a, b) {
+            return;
+        }
+        s.links &= !pair(a, b);
+        s.queues[a][b].clear();
+        s.queues[b][a].clear();
+        for (node, peer) in [(a, b), (b, a)] {
+            self.drop_session(s, node, peer);
+            let n = &mut s.nodes[node];
+            n.peers[peer] = Peer {
+                pending_join: n.peers[peer].pending_join,
+                ..Peer::default()
+            };
+            if matches!(n.role, Role::Gathering | Role::Pushing)
+                && s.known(node).in_sync & bit(peer) != 0
+            {
+                self.begin_promotion(s, node);
+            }
+        }
+        self.settle(s, a);
+        self.settle(s, b);
+    }
+
+    fn drop_session(&self, s: &mut State, node: usize, peer: usize) {
+        let n = &mut s.nodes[node];
+        n.peers[peer].stage = Stage::None;
+        n.peers[peer].busy = 0;
+        for id in 1..=s.issued {
+            let at = usize::from(id) - 1;
+            if n.unacked[at] & bit(peer) != 0 {
+                n.unacked[at] &= !bit(peer);
+                if !self.has(Bug::LostLinkNotMarked) {
+                    n.dirty[peer] |= bit(block_of(id, self.blocks));
+                }
+            }
+        }
+    }
+
+    fn fold_tail(&self, n: &mut Node, own: usize) {
+        n.dirty[own] |= self.tail_blocks(n);
+        n.tail = 0;
+    }
+
+    fn tail_blocks(&self, n: &Node) -> u8 {
+        let ids = (1..=3_u8).filter(|id| n.tail & bit(usize::from(*id) - 1) != 0);
+        ids.fold(0, |blocks, id| blocks | bit(block_of(id, self.blocks)))
+    }
+
+    /// The end of a reign, or of a promotion.
+    pub(crate) fn close(&self, s: &mut State, node: usize) {
+        if s.nodes[node].role == Role::Primary {
+            for peer in self.others(node) {
+                let n = &mut s.nodes[node];
+                for id in 1..=s.issued {
+                    let at = usize::from(id) - 1;
+                    let block = bit(block_of(id, self.blocks));
+                    if n.unacked[at] & bit(peer) != 0 {
+                        n.dirty[peer] |= block;
+                    }
+                    if n.open & bit(at) != 0 {
+                        n.dirty[node] |= block;
+                    }
+                }
+            }
+        }
+        let n = &mut s.nodes[node];
+        if n.role != Role::Secondary {
+            n.role = Role::Secondary;
+            n.end_reign();
+        }
+    }
+
+    pub(crate) fn begin_promotion(&self, s: &mut State, node: usize) {
+        let n = &mut s.nodes[node];
+        self.fold_tail(n, node);
+        n.end_reign();
+        for peer in &mut n.peers {
+            peer.reign = 0;
+            peer.reconciles = false;
+        }
+        n.role = Role::Gathering;
+    }
+
+    /// The next configuration of the log is heard of.
+    pub(crate) fn learn(&self, s: &mut State, node: usize) {
+        let before = s.known(node);
+        s.nodes[node].known += 1;
+        let (epoch, config) = (s.nodes[node].known, s.known(node));
+        let named = usize::from(config.primary) == node && epoch >= s.nodes[node].seen;
+        let member = config.in_sync & bit(node) != 0;
+        if !named {
+            s.nodes[node].demoting = false;
+            self.close(s, node);
+        }
+        let n = &mut s.nodes[node];
+        if n.attached < epoch {
+            n.attached = 0;
+        }
+        if named || before.primary != config.primary {
+            n.seen = n.seen.max(epoch);
+        }
+        if named {
+            let alone = config.in_sync == bit(node);
+            match n.role {
+                Role::Primary if member => self.new_epoch(s, node),
+                _ if !member => {
+                    self.close(s, node);
+                    s.nodes[node].role = Role::Yielding;
+                }
+                Role::Yielding if !alone => {}
+                _ => self.begin_promotion(s, node),
+            }
+        }
+        self.settle(s, node);
+    }
+
+    /// An open primary acts under a new configuration.
+    fn new_epoch(&self, s: &mut State, node: usize) {
+        let (epoch, config) = (s.nodes[node].known, s.known(node));
+        for peer in self.others(node) {
+            let p = &mut s.nodes[node].peers[peer];
+            if p.pending_join < epoch {
+                p.pending_join = 0;
+            }
+            if p.stage == Stage::None {
+                continue;
+            }
+            match (p.stage, config.in_sync & bit(peer) != 0) {
+                (Stage::Joining | Stage::InSync, true) => p.stage = Stage::InSync,
+                (_, true) | (Stage::InSync, false) => {
+                    self.drop_session(s, node, peer);
+                    continue;
+                }
+                (_, false) => {}
+            }
+            let in_sync = config.in_sync;
+            Self::send(s, node, peer, Message::EpochUpdate { epoch, in_sync });
+        }
+    }
+
+    /// What goes on by itself after anything happened to a node.
+    pub(crate) fn settle(&self, s: &mut State, node: usize) {
+        if !s.nodes[node].up {
+            return;
+        }
+        match s.nodes[node].role {
+            Role::Secondary => {}
+            Role::Yielding => self.propose(s, node),
+            Role::Gathering | Role::Pushing => self.settle_promotion(s, node),
+            Role::Primary => self.settle_primary(s, node),
+        }
+    }
+
+    fn settle_primary(&self, s: &mut State, node: usize) {
+        self.complete_writes(s, node);
+        let (epoch, config) = (s.nodes[node].known, s.known(node));
+        for peer in self.others(node) {
+            let n = &s.nodes[node];
+            let p = n.peers[peer];
+            if s.linked(node, peer)
+                && p.stage == Stage::None
+                && p.pending_join == 0
+                && config.in_sync & bit(peer) == 0
+                && !n.demoting
+            {
+                let p = &mut s.nodes[node].peers[peer];
+                (p.stage, p.began, p.busy) = (Stage::Starting, epoch, 0);
+                Self::send(s, node, peer, Message::StartSync { epoch });
+            }
+            self.copy(s, node, peer);
+        }
+        self.complete_writes(s, node);
+        self.propose(s, node);
+    }
+
+    fn copy(&self, s: &mut State, node: usize, peer: usize) {
+        if s.nodes[node].peers[peer].stage != Stage::Copying {
+            return;
+        }
+        let epoch = s.nodes[node].known;
+        let session = s.nodes[node].peers[peer].began;
+        for block in 0..self.blocks {
+            let n = &mut s.nodes[node];
+            let due = n.dirty[peer] & !n.peers[peer].busy & bit(block) != 0;
+            if due && self.gate_is_free(n, block) {
+                n.peers[peer].busy |= bit(block);
+                if self.has(Bug::ClearOnSend) {
+                    n.dirty[peer] &= !bit(block);
+                    n.peers[peer].busy &= !bit(block);
+                }
+                let content = n.content[block];
+                let block = narrow(block);
+                Self::send(
+                    s,
+                    node,
+                    peer,
+                    Message::SyncWrite {
+                        epoch,
+                        session,
+                        block,
+                        content,
+                    },
+                );
+            }
+        }
+        let n = &s.nodes[node];
+        if n.dirty[peer] != 0 || n.peers[peer].busy != 0 {
+            return;
+        }
+        if self.has(Bug::JoinWithoutBarrier) {
+            s.nodes[node].peers[peer].stage = Stage::Joining;
+            return;
+        }
+        s.nodes[node].peers[peer].stage = Stage::Barrier;
+        for other in self.others(node).filter(|other| *other != peer) {
+            let n = &s.nodes[node];
+            let mut blocks = n.dirty[other];
+            for id in 1..=s.issued {
+                if n.unacked[usize::from(id) - 1] & bit(other) != 0 {
+                    blocks |= bit(block_of(id, self.blocks));
+                }
+            }
+            if blocks != 0 {
+                let slot = narrow(other);
+                Self::send(
+                    s,
+                    node,
+                    peer,
+                    Message::DirtyMap {
+                        epoch,
+                        slot,
+                        blocks,
+                    },
+                );
+            }
+        }
+        Self::send(s, node, peer, Message::Barrier { epoch, session });
+    }
+
+    /// Whether no write to a block is under way that is not complete.
+    pub(crate) fn gate_is_free(&self, n: &Node, block: usize) -> bool {
+        (1..=3_u8)
+            .all(|id| n.open & bit(usize::from(id) - 1) == 0 || block_of(id, self.blocks) != block)
+    }
+
+    /// Who must acknowledge a write.
+    fn required(&self, s: &State, node: usize) -> u8 {
+        let config = s.known(node);
+        let mut required = 0;
+        for peer in self.others(node) {
+            let p = s.nodes[node].peers[peer];
+            let member = config.in_sync & bit(peer) != 0
+                && (p.stage != Stage::None || !self.has(Bug::AckBeforeLeave));
+            let joins = matches!(p.stage, Stage::Barrier | Stage::Joining | Stage::InSync);
+            if member || joins || p.pending_join != 0 {
+                required |= bit(peer);
+            }
+        }
+        required
+    }
+
+    fn complete_writes(&self, s: &mut State, node: usize) {
+        let required = self.required(s, node);
+        for id in 1..=s.issued {
+            let at = usize::from(id) - 1;
+            let n = &mut s.nodes[node];
+            if n.open & bit(at) != 0 && required & !n.acked[at] == 0 {
+                n.open &= !bit(at);
+                s.acknowledged |= bit(at);
+                self.promise(s, node, block_of(id, self.blocks), id);
+            }
+        }
+        let n = &mut s.nodes[node];
+        for at in 0..usize::from(s.issued) {
+            if n.open & bit(at) == 0 && n.unacked[at] == 0 {
+                n.acked[at] = 0;
+            }
+        }
+    }
+
+    /// Somebody was told, or shown, that a block holds a write.
+    pub(crate) fn promise(&self, s: &mut State, node: usize, block: usize, id: u8) {
+        let lineage = usize::from(s.nodes[node].lineage);
+        if s.position(id) > s.position(s.promised[lineage][block]) {
+            s.promised[lineage][block] = id;
+        }
+    }
+
+    /// Issues the next write.
+    pub(crate) fn write(&self, s: &mut State, node: usize) {
+        s.issued += 1;
+        let id = s.issued;
+        let at = usize::from(id) - 1;
+        let block = block_of(id, self.blocks);
+        let (epoch, config) = (s.nodes[node].known, s.known(node));
+        s.epoch_of[at] = epoch;
+        s.writer_of[at] = narrow(node);
+        let n = &mut s.nodes[node];
+        let takes = |peer: &usize| !matches!(n.peers[*peer].stage, Stage::None | Stage::Starting);
+        let sent = self
+            .others(node)
+            .filter(takes)
+            .fold(0, |all, peer| all | bit(peer));
+        let others = self.everyone() & !bit(node);
+        for peer in self.others(node) {
+            if others & !sent & bit(peer) != 0 {
+                n.dirty[peer] |= bit(block);
+            }
+        }
+        let dirty_for = others & !(sent & config.in_sync);
+        let open = (1..=3_u8).find(|id| n.open & bit(usize::from(*id) - 1) != 0);
+        let complete = open.unwrap_or(id) - 1;
+        n.wrote = true;
+        n.hot |= bit(block);
+        n.content[block] = id;
+        (n.open, n.unacked[at], n.acked[at]) = (n.open | bit(at), sent, 0);
+        for peer in self.others(node).filter(|peer| sent & bit(*peer) != 0) {
+            let dirty_for = dirty_for & !bit(peer);
+            Self::send(
+                s,
+                node,
+                peer,
+                Message::Write {
+                    epoch,
+                    id,
+                    complete,
+                    dirty_for,
+                },
+            );
+        }
+        self.settle(s, node);
+    }
+
+    fn propose(&self, s: &mut State, node: usize) {
+        let (epoch, config) = (s.nodes[node].known, s.known(node));
+        if usize::from(config.primary) != node {
+            return;
+        }
+        let n = &s.nodes[node];
+        let (mut leave, mut join, mut demote) = (None, None, false);
+        match n.role {
+            Role::Yielding if config.in_sync & bit(node) == 0 => demote = true,
+            Role::Yielding if config.in_sync != bit(node) => leave = Some(bit(node)),
+            Role::Gathering | Role::Pushing if n.demoting => demote = true,
+            Role::Gathering | Role::Pushing if self.needs_fresh_epoch(n) => leave = Some(0),
+            Role::Gathering | Role::Pushing => {
+                let uncertain = self
+                    .others(node)
+                    .filter(|peer| n.peers[*peer].member == Member::Uncertain)
+                    .fold(0, |all, peer| all | bit(peer));
+                leave = (uncertain != 0).then_some(uncertain);
+            }
+            Role::Primary => {
+                let leavers = self.others(node).filter(|peer| {
+                    let p = n.peers[*peer];
+                    let member = config.in_sync & bit(*peer) != 0;
+                    member && p.stage != Stage::InSync
+                        || p.pending_join != 0 && p.stage == Stage::None
+                });
+                let leavers = leavers.fold(0, |all, peer| all | bit(peer));
+                if leavers != 0 {
+                    leave = Some(leavers);
+                } else if n.demoting && n.open == 0 {
+                    demote = true;
+                } else if !n.demoting {
+                    join = self
+                        .others(node)
+                        .find(|peer| n.peers[*peer].stage == Stage::Joining);
+                }
+            }
+            _ => {}
+        }
+        if let Some(peer) = join {
+            s.nodes[node].peers[peer].pending_join = epoch;
+        }
+        let log = &mut s.logs[usize::from(s.nodes[node].lineage)];
+        if log.epoch == epoch {
+            log.leaves |= leave.map_or(0, |set| 1 << set);
+            log.joins |= join.map_or(0, bit);
+            log.demote |= demote;
+        }
+    }
+
+    pub(crate) fn needs_fresh_epoch(&self, n: &Node) -> bool {
+        n.known <= n.attached && !self.has(Bug::NoFreshEpoch)
+    }
+
+    fn settle_promotion(&self, s: &mut State, node: usize) {
+        if self.needs_fresh_epoch(&s.nodes[node]) || s.nodes[node].demoting {
+            return self.propose(s, node);
+        }
+        let (epoch, config) = (s.nodes[node].known, s.known(node));
+        let members: Vec<usize> = self
+            .others(node)
+            .filter(|peer| config.in_sync & bit(*peer) != 0)
+            .collect();
+        for peer in &members {
+            if s.nodes[node].peers[*peer].member == Member::Absent && s.linked(node, *peer) {
+                s.nodes[node].peers[*peer].member = Member::Asked;
+                Self::send(s, node, *peer, Message::Reconcile { epoch });
+            }
+        }
+        let n = &mut s.nodes[node];
+        let knows = |peer: &usize| n.peers[*peer].member == Member::Answered;
+        if n.role == Role::Gathering {
+            if !n.certain && members.iter().any(knows) && !self.has(Bug::UncertainOpens) {
+                n.role = Role::Yielding;
+                n.end_reign();
+                return self.propose(s, node);
+            }
+            if !members.iter().all(knows) {
+                return self.propose(s, node);
+            }
+            n.role = Role::Pushing;
+            n.gathered |= n.dirty[node];
+            let pushed = if self.has(Bug::OpenBeforeReconcile) {
+                0
+            } else {
+                n.gathered
+            };
+            for peer in &members {
+                s.nodes[node].peers[*peer].busy = pushed;
+                for block in (0..self.blocks).filter(|block| pushed & bit(*block) != 0) {
+                    let content = s.nodes[node].content[block];
+                    let (session, block) = (epoch, narrow(block));
+                    Self::send(
+                        s,
+                        node,
+                        *peer,
+                        Message::SyncWrite {
+                            epoch,
+                            session,
+                            block,
+                            content,
+                        },
+                    );
+                }
+            }
+        }
+        let n = &mut s.nodes[node];
+        if members.iter().all(|peer| n.peers[*peer].busy == 0) {
+            self.open(s, node);
+        }
+    }
+
+    fn open(&self, s: &mut State, node: usize) {
+        let (epoch, config) = (s.nodes[node].known, s.known(node));
+        let own = s.nodes[node].dirty[node];
+        let n = &mut s.nodes[node];
+        n.end_reign();
+        for peer in 0..self.nodes {
+            if config.in_sync & bit(peer) != 0 {
+                n.dirty[peer] = 0;
+            } else {
+                n.dirty[peer] |= own;
+            }
+        }
+        n.certain = true;
+        n.role = Role::Primary;
+        for peer in self.others(node) {
+            if config.in_sync & bit(peer) != 0 && s.linked(node, peer) {
+                let p = &mut s.nodes[node].peers[peer];
+                (p.stage, p.began) = (Stage::InSync, epoch);
+                let in_sync = config.in_sync;
+                Self::send(s, node, peer, Message::EpochUpdate { epoch, in_sync });
+            }
+        }
+        self.settle(s, node);
+    }
+
+    /// Whether data of a reign is taken; else the link ends.
+    fn check_reign(&self, s: &State, node: usize, peer: usize, epoch: u8) -> bool {
+        let n = &s.nodes[node];
+        self.has(Bug::IgnoreLowerEpoch) || epoch >= n.seen && n.peers[peer].reign == epoch
+    }
+
+    fn accept_reign(&self, s: &mut State, node: usize, peer: usize, epoch: u8) -> bool {
+        let other = s.nodes[node].known == epoch && usize::from(s.known(node).primary) != peer;
+        if epoch < s.nodes[node].seen || other {
+            return false;
+        }
+        self.close(s, node);
+        let n = &mut s.nodes[node];
+        n.seen = epoch;
+        n.peers[peer].reign = epoch;
+        n.peers[peer].reconciles = false;
+        self.fold_tail(n, node);
+        true
+    }
+
+    /// The next message of a link.
+    pub(crate) fn receive(&self, s: &mut State, node: usize, peer: usize) {
+        let message = s.queues[peer][node].remove(0);
+        if !self.dispatch(s, node, peer, message) {
+            return self.break_link(s, node, peer);
+        }
+        self.settle(s, node);
+    }
+
+    /// False: refused, and the link ends.
+    fn dispatch(&self, s: &mut State, node: usize, peer: usize, message: Message) -> bool {
+        match message {
+            Message::Nothing => {}
+            Message::StartSync { epoch } => {
+                if !self.accept_reign(s, node, peer, epoch) {
+                    return false;
+                }
+                let blocks = s.nodes[node].dirty[node];
+                Self::send(s, node, peer, Message::Uncertain { epoch, blocks });
+            }
+            Message::Reconcile { epoch } => {
+                if !self.accept_reign(s, node, peer, epoch) {
+                    return false;
+                }
+                let n = &mut s.nodes[node];
+                n.peers[peer].reconciles = true;
+                let certain = n.certain;
+                let blocks = if certain { n.dirty[node] } else { 0 };
+                Self::send(
+                    s,
+                    node,
+                    peer,
+                    Message::Tail {
+                        epoch,
+                        blocks,
+                        certain,
+                    },
+                );
+            }
+            Message::Write {
+                epoch,
+                id,
+                complete,
+                dirty_for,
+            } => {
+                if !self.check_reign(s, node, peer, epoch) {
+                    return false;
+                }
+                let block = block_of(id, self.blocks);
+                let n = &mut s.nodes[node];
+                n.tail &= !(bit(usize::from(complete)) - 1);
+                for slot in (0..self.nodes).filter(|slot| dirty_for & bit(*slot) != 0) {
+                    n.dirty[slot] |= bit(block);
+                }
+                n.tail |= bit(usize::from(id) - 1);
+                n.content[block] = id;
+                n.hot |= bit(block);
+                Self::send(s, node, peer, Message::WriteAck { epoch, id });
+            }
+            Message::SyncWrite {
+                epoch,
+                session,
+                block,
+                content,
+            } => {
+                if !self.check_reign(s, node, peer, epoch) {
+                    return false;
+                }
+                let n = &mut s.nodes[node];
+                let at = usize::from(block);
+                if n.peers[peer].reconciles {
+                    n.dirty[node] |= bit(at);
+                }
+                n.content[at] = content;
+                n.hot |= bit(at);
+                Self::send(s, node, peer, Message::SyncAck { session, block });
+            }
+            Message::Barrier { epoch, session } => {
+                if !self.check_reign(s, node, peer, epoch) {
+                    return false;
+                }
+                let n = &mut s.nodes[node];
+                n.flushed = n.content;
+                Self::send(s, node, peer, Message::BarrierAck { session });
+            }
+            Message::DirtyMap {
+                epoch,
+                slot,
+                blocks,
+            } => {
+                let n = &mut s.nodes[node];
+                if n.peers[peer].reign == epoch && epoch >= n.seen {
+                    n.dirty[usize::from(slot)] |= blocks;
+                }
+            }
+            Message::EpochUpdate { epoch, in_sync } => {
+                return self.epoch_update(s, node, peer, epoch, in_sync);
+            }
+            Message::Uncertain { epoch, blocks } => {
+                let n = &mut s.nodes[node];
+                let p = &mut n.peers[peer];
+                if n.role == Role::Primary && p.stage == Stage::Starting && p.began == epoch {
+                    p.stage = Stage::Copying;
+                    n.dirty[peer] |= blocks;
+                }
+            }
+            Message::WriteAck { epoch, id } => {
+                let at = usize::from(id) - 1;
+                let n = &mut s.nodes[node];
+                let mine = n.role == Role::Primary && s.epoch_of[at] == epoch;
+                if mine && n.unacked[at] & bit(peer) != 0 {
+                    n.unacked[at] &= !bit(peer);
+                    n.acked[at] |= bit(peer);
+                    n.dirty[peer] &= !bit(block_of(id, self.blocks));
+                }
+            }
+            Message::SyncAck { session, block } => {
+                let n = &mut s.nodes[node];
+                let block = bit(usize::from(block));
+                let copies = n.role == Role::Primary && n.peers[peer].began == session;
+                let pushes = n.role == Role::Pushing && n.known == session;
+                if (copies || pushes) && n.peers[peer].busy & block != 0 {
+                    n.peers[peer].busy &= !block;
+                    if copies {
+                        n.dirty[peer] &= !block;
+                    }
+                }
+            }
+            Message::BarrierAck { session } => {
+                let p = &mut s.nodes[node].peers[peer];
+                if p.stage == Stage::Barrier && p.began == session {
+                    p.stage = Stage::Joining;
+                }
+            }
+            Message::Tail {
+                epoch,
+                blocks,
+                certain,
+            } => {
+                let n = &mut s.nodes[node];
+                let p = &mut n.peers[peer];
+                if n.role == Role::Gathering && n.known == epoch && p.member == Member::Asked {
+                    p.member = if certain {
+                        Member::Answered
+                    } else {
+                        Member::Uncertain
+                    };
+                    n.gathered |= blocks;
+                }
+            }
+        }
+        true
+    }
+
+    fn epoch_update(
+        &self,
+        s: &mut State,
+        node: usize,
+        peer: usize,
+        epoch: u8,
+        in_sync: u8,
+    ) -> bool {
+        let everyone = self.everyone();
+        let n = &mut s.nodes[node];
+        if epoch < n.seen {
+            return true;
+        }
+        if n.peers[peer].reign == 0 {
+            return false;
+        }
+        if epoch < n.peers[peer].reign {
+            return true;
+        }
+        n.peers[peer].reign = epoch;
+        n.seen = epoch;
+        let member = in_sync & bit(node) != 0;
+        let tail = self.tail_blocks(n);
+        let lacking = tail | if member { n.dirty[node] } else { 0 };
+        for slot in self.others(node) {
+            if everyone & !in_sync & bit(slot) != 0 {
+                n.dirty[slot] |= lacking;
+            }
+        }
+        for slot in 0..self.nodes {
+            if in_sync & bit(slot) != 0 {
+                n.dirty[slot] = 0;
+            }
+        }
+        if member {
+            n.certain = true;
+            n.peers[peer].reconciles = false;
+        }
+        true
+    }
+}
+
+impl Node {
+    /// Forgets what only a primary, or one that becomes it, has.
+    pub(crate) fn end_reign(&mut self) {
+        self.gathered = 0;
+        self.open = 0;
+        self.unacked = [0; 3];
+        self.acked = [0; 3];
+        for peer in &mut self.peers {
+            (peer.stage, peer.began, peer.busy) = (Stage::None, 0, 0);
+            (peer.member, peer.pending_join) = (Member::Absent, 0);
+        }
+    }
+
+    /// What the process knew is gone. What its activity log names may differ from all others.
+    pub(crate) fn crash(&mut self, power: bool) {
+        if power {
+            self.content = self.flushed;
+        }
+        for dirty in &mut self.dirty {
+            *dirty |= self.hot;
+        }
+        *self = Self {
+            content: self.content,
+            flushed: self.flushed,
+            hot: self.hot,
+            dirty: self.dirty,
+            seen: self.seen,
+            known: self.known,
+            attached: self.seen,
+            lineage: self.lineage,
+            wrote: self.wrote,
+            ..Self::default()
+        };
+    }
+}
+
+/// Whether a configuration has a primary.
+#[must_use]
+pub(crate) const fn has_primary(primary: u8) -> bool {
+    primary != NOBODY
+}

@@ -1,0 +1,222 @@
+//! The model, explored; and bugs put into it, found.
+
+use std::env;
+
+use model::{
+    bugs::Bug,
+    explore::{Violation, explore},
+    state::Budget,
+    steps::Protocol,
+};
+use said::say;
+
+const NONE: Budget = Budget {
+    crashes: 0,
+    outages: 0,
+    breaks: 0,
+    leases: 0,
+    demotes: 0,
+    forced: 0,
+};
+
+/// About 100 bytes each with all that is kept of it.
+const STATES_MAX: usize = 30_000_000;
+
+const fn protocol(nodes: usize, blocks: usize, writes: u8, budget: Budget) -> Protocol {
+    Protocol {
+        nodes,
+        blocks,
+        writes,
+        budget,
+        bug: None,
+    }
+}
+
+/// Explores all of it; `RELEVO_MODEL_MORE=1` adds one more of each fault that there is, for nights.
+fn holds(name: &str, mut protocol: Protocol) {
+    if env::var_os("RELEVO_MODEL_MORE").is_some_and(|value| value == "1") {
+        let more = |count: &mut u8| *count += u8::from(*count > 0 && *count < 3);
+        let budget = &mut protocol.budget;
+        for count in [
+            &mut budget.crashes,
+            &mut budget.breaks,
+            &mut budget.leases,
+            &mut budget.demotes,
+        ] {
+            more(count);
+        }
+    }
+    match explore(&protocol, STATES_MAX) {
+        Ok(report) => {
+            say(format_args!("model {name}: {report}"));
+            assert!(report.whole > 1, "{name}: nothing happens");
+        }
+        Err(violation) => panic!("model {name}: {violation}"),
+    }
+}
+
+#[test]
+fn two_nodes_whose_links_break_and_processes_end() {
+    let budget = Budget {
+        crashes: 1,
+        breaks: 1,
+        ..NONE
+    };
+    holds("2 nodes, crash and break", protocol(2, 1, 2, budget));
+}
+
+#[test]
+fn two_nodes_whose_leases_end() {
+    let budget = Budget {
+        breaks: 2,
+        leases: 1,
+        ..NONE
+    };
+    holds(
+        "2 nodes, 2 blocks, 2 breaks and a lease",
+        protocol(2, 2, 2, budget),
+    );
+    let budget = Budget {
+        crashes: 1,
+        leases: 1,
+        ..NONE
+    };
+    holds("2 nodes, crash and lease", protocol(2, 1, 2, budget));
+}
+
+#[test]
+fn two_nodes_that_lose_power() {
+    let budget = Budget {
+        crashes: 1,
+        outages: 1,
+        breaks: 1,
+        ..NONE
+    };
+    holds(
+        "2 nodes, outage, crash and break",
+        protocol(2, 1, 2, budget),
+    );
+}
+
+#[test]
+fn two_nodes_that_lose_power_and_a_lease() {
+    let budget = Budget {
+        outages: 1,
+        leases: 1,
+        ..NONE
+    };
+    holds(
+        "2 nodes, 2 blocks, outage and lease",
+        protocol(2, 2, 3, budget),
+    );
+}
+
+#[test]
+fn two_nodes_and_a_planned_step_down() {
+    let budget = Budget {
+        crashes: 1,
+        breaks: 1,
+        demotes: 1,
+        ..NONE
+    };
+    holds(
+        "2 nodes, step-down, crash and break",
+        protocol(2, 1, 2, budget),
+    );
+}
+
+#[test]
+fn two_nodes_and_forced_promotions() {
+    let budget = Budget {
+        breaks: 1,
+        forced: 2,
+        ..NONE
+    };
+    holds("2 nodes, 2 forced and break", protocol(2, 1, 3, budget));
+}
+
+#[test]
+fn three_nodes_whose_leases_end() {
+    let budget = Budget { leases: 1, ..NONE };
+    holds("3 nodes, lease", protocol(3, 1, 2, budget));
+}
+
+#[test]
+fn three_nodes_whose_processes_end() {
+    let budget = Budget { crashes: 1, ..NONE };
+    holds("3 nodes, crash", protocol(3, 1, 2, budget));
+    let budget = Budget { outages: 1, ..NONE };
+    holds("3 nodes, outage", protocol(3, 1, 2, budget));
+}
+
+#[test]
+fn three_nodes_whose_links_break() {
+    let budget = Budget { breaks: 2, ..NONE };
+    holds("3 nodes, 2 breaks", protocol(3, 1, 2, budget));
+    let budget = Budget {
+        breaks: 1,
+        demotes: 1,
+        ..NONE
+    };
+    holds("3 nodes, step-down and break", protocol(3, 1, 1, budget));
+}
+
+/// The bounds in which a bug shows.
+fn bounds(bug: Bug) -> Protocol {
+    let lease = Budget {
+        breaks: 1,
+        leases: 1,
+        ..NONE
+    };
+    match bug {
+        Bug::NoFreshEpoch | Bug::UncertainOpens => protocol(
+            2,
+            1,
+            1,
+            Budget {
+                crashes: 2,
+                breaks: 1,
+                ..NONE
+            },
+        ),
+        Bug::UncertainDropsEvicted => protocol(
+            2,
+            1,
+            2,
+            Budget {
+                outages: 1,
+                ..lease
+            },
+        ),
+        Bug::EqualEpochEqualData => protocol(
+            2,
+            1,
+            2,
+            Budget {
+                breaks: 1,
+                forced: 1,
+                ..NONE
+            },
+        ),
+        _ => protocol(2, 1, 2, lease),
+    }
+}
+
+#[test]
+fn every_planted_bug_is_found() {
+    for bug in Bug::ALL {
+        let planted = Protocol {
+            bug: Some(bug),
+            ..bounds(bug)
+        };
+        let found: Violation = match explore(&planted, STATES_MAX) {
+            Err(violation) => violation,
+            Ok(report) => panic!("{bug:?} was not found: {report}"),
+        };
+        assert!(found.what.starts_with("rule"), "{bug:?}: {found}");
+        let (what, states, steps) = (&found.what, found.states, found.steps.len());
+        say(format_args!(
+            "model {bug:?}: after {states} states, in {steps} steps: {what}"
+        ));
+    }
+}
