@@ -358,7 +358,9 @@ impl Owner {
                 self.withdraw(reason);
             }
             VolumeEvent::Detached => self.withdraw("it is detached from this node"),
-            VolumeEvent::Attached { .. } | VolumeEvent::Peer { .. } => {}
+            VolumeEvent::Attached { .. }
+            | VolumeEvent::Peer { .. }
+            | VolumeEvent::Verified { .. } => {}
         }
         self.status_at = Time::ZERO;
         self.say(DatapathEvent::Volume(event));

@@ -70,7 +70,10 @@ impl Engines {
                 engine.trouble = None;
                 engine.closed = false;
             }
-            Some(VolumeEvent::Detached | VolumeEvent::Peer { .. }) | None => {}
+            Some(
+                VolumeEvent::Detached | VolumeEvent::Peer { .. } | VolumeEvent::Verified { .. },
+            )
+            | None => {}
         }
         engine.closed |= was_open && !engine.status.open;
         engine.closed &= !engine.status.open;

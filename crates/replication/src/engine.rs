@@ -269,6 +269,7 @@ impl Engine {
             in_flight: 0,
             waiting,
             peers: BTreeMap::<NodeId, PeerState>::new(),
+            out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
         }
     }

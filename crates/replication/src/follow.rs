@@ -124,7 +124,7 @@ impl Machine {
     }
 
     /// From now on marks instead of data.
-    fn leave_behind(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+    pub(crate) fn leave_behind(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
         let id = self.next_id();
         let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
             return;

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use relevo_types::{
-    ByteRange, ClusterId, Epoch, Instance, NodeId, Time, VolumeId,
+    BlockRange, ByteRange, ClusterId, Epoch, Instance, NodeId, Time, VolumeId,
     cluster::{Volume, VolumeChange},
 };
 use relevo_wire::{Body, Message};
@@ -257,6 +257,19 @@ pub enum VolumeEvent {
         /// Why.
         reason: String,
     },
+    /// A verification ended.
+    Verified {
+        /// The replica that was compared with this node's.
+        node: NodeId,
+        /// So many blocks of 4 KiB from the start of the volume on were compared.
+        checked: u64,
+        /// What differs, seen twice.
+        differing: Vec<BlockRange>,
+        /// Why it ended before the end of the volume.
+        stopped: Option<String>,
+        /// The replica now leaves the in-sync set and is given what differs.
+        repair: bool,
+    },
     /// What is known of a peer changed.
     Peer {
         /// The peer.
@@ -283,6 +296,13 @@ pub enum PeerState {
     },
     /// This node gets what it lacks.
     SyncTarget,
+    /// In sync, and being compared; `left` blocks of 4 KiB were not looked at yet.
+    VerifyS {
+        /// Blocks left.
+        left: u64,
+    },
+    /// The primary compares this node's replica with its own.
+    VerifyT,
     /// The same as `SyncSource`, but an operator of either side paused it.
     PausedSyncS {
         /// Blocks left.
@@ -330,6 +350,9 @@ pub struct EngineStatus {
     pub waiting: Option<String>,
     /// Peers.
     pub peers: BTreeMap<NodeId, PeerState>,
+    /// On a primary: what the last verification of a replica found to differ, since it opened. Empty:
+    /// nothing.
+    pub out_of_sync: BTreeMap<NodeId, Vec<BlockRange>>,
     /// On a primary: replicas of protocol A.
     pub behind: BTreeMap<NodeId, BehindBy>,
 }

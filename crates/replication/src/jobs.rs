@@ -35,6 +35,10 @@ pub(crate) enum Owner {
     Write(Seq),
     /// Content for a peer's resync.
     SyncRead(NodeId),
+    /// Content for a comparison with a peer's replica.
+    VerifyRead(NodeId),
+    /// Content for an answer to digests.
+    DigestRead(Reply, u64),
     /// Content for the reconciliation of a promotion, by its attempt.
     PushRead(u64),
     /// A write from the primary.
@@ -243,6 +247,17 @@ impl Machine {
             // Sent before the gate opens: a write to the same blocks must come after it.
             Owner::SyncRead(peer) => {
                 self.sync_read_done(cx, peer, blocks, data.unwrap_or_default());
+                self.end_job(cx, id);
+            }
+            Owner::VerifyRead(peer) => {
+                if self.lab.has(PlantedBug::VerifyOutsideGate) {
+                    self.end_job(cx, id);
+                }
+                self.verify_read_done(cx, peer, blocks, &data.unwrap_or_default());
+                self.end_job(cx, id);
+            }
+            Owner::DigestRead(reply, check) => {
+                self.digest_read_done(cx, reply, check, &data.unwrap_or_default());
                 self.end_job(cx, id);
             }
             Owner::PushRead(attempt) => {

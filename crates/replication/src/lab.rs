@@ -50,6 +50,10 @@ pub enum PlantedBug {
     ReceiptSettles,
     /// A paused resync counts as done (rule 4).
     JoinWhilePaused,
+    /// A write passes between reading a range for verification and sending its digests.
+    VerifyOutsideGate,
+    /// What verification found is marked while the replica is still a member (rule 4).
+    RepairWithoutLeave,
 }
 
 impl Lab {

@@ -15,6 +15,7 @@
 mod activity;
 mod attach;
 mod bitmap;
+mod digest;
 mod engine;
 mod follow;
 mod gate;
@@ -36,6 +37,7 @@ mod secondary;
 mod status;
 mod sync;
 mod tail;
+mod verify;
 
 pub use engine::Engine;
 pub use follow::ADMITTED_FOR;

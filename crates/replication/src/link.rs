@@ -41,6 +41,8 @@ pub(crate) struct Link {
     pub(crate) wants_receipts: bool,
     /// The peer said that the resync shall stand still.
     pub(crate) peer_pauses: bool,
+    /// The primary compares this replica with its own.
+    pub(crate) verifies: bool,
     /// The peer's reign over this replica.
     pub(crate) incoming: Option<Incoming>,
     /// This node's reign over the peer's replica.
@@ -93,6 +95,7 @@ impl Machine {
             gives_receipts: false,
             wants_receipts: false,
             peer_pauses: false,
+            verifies: false,
             incoming: None,
             session: None,
         };
@@ -111,7 +114,9 @@ impl Machine {
     pub(crate) fn link_lost(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
         if self.links.contains_key(&peer) {
             self.drop_session(cx, peer);
-            self.links.remove(&peer);
+            if let Some(link) = self.links.remove(&peer) {
+                self.forget_checks(link.number);
+            }
             self.barriers.retain(|barrier| barrier.reply.peer != peer);
             self.promotion_lost_link(cx, peer);
         }
@@ -246,6 +251,14 @@ impl Machine {
                 blocks,
                 certain,
             } => self.tail_arrived(peer, epoch, blocks, certain),
+            Message::Digests {
+                epoch,
+                id,
+                first,
+                digests,
+            } => self.digests_arrived(cx, peer, epoch, id, first, digests),
+            Message::Differ { id, blocks, .. } => self.verify_answered(peer, id, &blocks),
+            Message::Verifying { epoch, active } => self.peer_verifies(peer, epoch, active),
             Message::PauseSync { paused } => self.peer_pauses(peer, paused),
             Message::Refuse(refusal) => {
                 self.close_link(cx, peer, format!("the peer ended it: {refusal}"));
@@ -291,7 +304,13 @@ impl Machine {
                     .then_some(())
                     .ok_or("a slot or block out of range")
             }
-            Message::Uncertain { blocks, .. } | Message::Tail { blocks, .. } => blocks
+            Message::Digests { first, digests, .. } => self
+                .is_inside(relevo_types::BlockRange::new(*first, digests.len() as u64))
+                .then_some(())
+                .ok_or("a block outside the volume"),
+            Message::Uncertain { blocks, .. }
+            | Message::Tail { blocks, .. }
+            | Message::Differ { blocks, .. } => blocks
                 .iter()
                 .all(|run| self.is_inside(*run))
                 .then_some(())
@@ -358,7 +377,9 @@ impl Machine {
             Role::Primary(primary) => {
                 let session = link.session.as_ref()?;
                 let resync = session.owes().then_some(session.began);
-                resync.or_else(|| primary.unanswered_since(mask(slot)))
+                resync
+                    .or_else(|| primary.unanswered_since(mask(slot)))
+                    .or_else(|| self.verify_owed_since(peer))
             }
             Role::Promoting(promotion) => promotion.awaits(peer).then_some(promotion.began),
             Role::Secondary | Role::Yielding => None,

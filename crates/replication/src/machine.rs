@@ -28,6 +28,7 @@ use crate::{
     requests::Requests,
     secondary::{After, Barrier},
     tail::Tail,
+    verify::Verification,
 };
 
 #[derive(Debug)]
@@ -79,6 +80,7 @@ pub(crate) struct Machine {
     /// Peers that there shall be no link to, and why.
     pub(crate) standalone: BTreeMap<NodeId, String>,
     pub(crate) pauses: Pauses,
+    pub(crate) verification: Verification,
 }
 
 /// What this node is for the volume.
@@ -149,6 +151,7 @@ impl Machine {
             held_flushes: Vec::new(),
             standalone: BTreeMap::new(),
             pauses: Pauses::default(),
+            verification: Verification::default(),
         }
     }
 

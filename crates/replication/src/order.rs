@@ -32,6 +32,19 @@ pub enum Order {
     },
     /// Take every block of this replica for wrong: it is copied anew from the primary.
     Invalidate,
+    /// Compare a replica, or all that are in sync, with this one, which is primary. Ends with
+    /// [`crate::VolumeEvent::Verified`] for each.
+    Verify {
+        /// The peer; `None`: all that are in sync.
+        peer: Option<NodeId>,
+        /// Copy what differs to it: it leaves the in-sync set until that is done.
+        repair: bool,
+    },
+    /// End [`Self::Verify`] before its end.
+    StopVerify {
+        /// The peer; `None`: all.
+        peer: Option<NodeId>,
+    },
     /// End [`Self::Disconnect`].
     Connect {
         /// The peer; `None`: all.
@@ -66,6 +79,24 @@ impl Machine {
                 }
             }
             Order::Invalidate => return self.invalidate(cx),
+            Order::Verify { peer, repair } => {
+                let mut refused = None;
+                let mut begun = false;
+                for peer in self.peers_named(peer)? {
+                    match self.start_verify(cx, peer, repair) {
+                        Ok(()) => begun = true,
+                        Err(why) => refused = Some(why),
+                    }
+                }
+                if let Some(why) = refused.filter(|_| !begun) {
+                    return Err(why);
+                }
+            }
+            Order::StopVerify { peer } => {
+                for peer in self.peers_named(peer)? {
+                    self.stop_verify(cx, peer, "an operator stopped it");
+                }
+            }
             Order::Connect { peer } => {
                 for peer in self.peers_named(peer)? {
                     self.standalone.remove(&peer);

@@ -531,6 +531,7 @@ impl Machine {
         }
         // First of all: from here on nothing gets acknowledged.
         let role = std::mem::replace(&mut self.role, Role::Secondary);
+        self.forget_verification();
         for link in self.links.values_mut() {
             link.session = None;
         }
@@ -541,6 +542,7 @@ impl Machine {
                     | Owner::AppWrite(_)
                     | Owner::Write(_)
                     | Owner::SyncRead(_)
+                    | Owner::VerifyRead(_)
                     | Owner::PushRead(_)
             )
         });

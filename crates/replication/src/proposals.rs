@@ -284,7 +284,8 @@ impl Machine {
         };
         let stage = |node: &NodeId| Some(self.links.get(node)?.session.as_ref()?.stage);
         let stays = |node: &NodeId| {
-            let wanted = self.may_join(*node) && !self.is_leaving(*node);
+            let wanted =
+                self.may_join(*node) && !self.is_leaving(*node) && !self.is_to_be_repaired(*node);
             stage(node) == Some(Stage::InSync) && wanted
         };
         let members = primary

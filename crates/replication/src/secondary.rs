@@ -103,7 +103,7 @@ impl Machine {
         }) && reply.epoch >= self.seen_epoch()
     }
 
-    fn reply_to(&self, peer: NodeId, epoch: Epoch) -> Reply {
+    pub(crate) fn reply_to(&self, peer: NodeId, epoch: Epoch) -> Reply {
         let link = self.link_number(peer).unwrap_or(0);
         Reply { peer, link, epoch }
     }

@@ -22,6 +22,7 @@ impl Machine {
             in_flight: self.requests.len(),
             waiting: self.waiting(),
             peers: self.peer_states(),
+            out_of_sync: self.verification.found.clone(),
             behind: self.behind(),
         }
     }
@@ -63,6 +64,9 @@ impl Machine {
         let Some(link) = self.links.get(&peer) else {
             return PeerState::Connecting;
         };
+        if let Some(left) = self.verify_left(peer) {
+            return PeerState::VerifyS { left };
+        }
         match link.session.as_ref().map(|session| session.stage) {
             Some(Stage::InSync) => PeerState::Established,
             Some(Stage::Following) => PeerState::Following,
@@ -84,6 +88,7 @@ impl Machine {
                 }
             }
             None => match self.reigning() {
+                Some((primary, _)) if primary == peer && link.verifies => PeerState::VerifyT,
                 Some((primary, Part::Member)) if primary == peer => PeerState::Established,
                 Some((primary, Part::Following)) if primary == peer => PeerState::Following,
                 Some((primary, Part::Behind)) if primary == peer => PeerState::Behind,
@@ -220,6 +225,7 @@ impl Machine {
         self.links_deadline()
             .min(admitted.unwrap_or(Time::NEVER))
             .min(self.saving_deadline())
+            .min(self.verify_deadline())
             .min(self.proposals.deadline())
             .min(promotion)
             .min(complete)

@@ -162,6 +162,7 @@ impl Machine {
             self.copy(cx, peer);
             self.end_copy(cx, peer);
         }
+        self.settle_verify(cx);
     }
 
     /// A replica outside the in-sync set, of which no join may yet be committed, greeted and not
@@ -387,8 +388,10 @@ impl Machine {
         if session.is_none() {
             return;
         }
+        self.stop_verify(cx, peer, "the link to the replica was lost");
         self.abandon_jobs(cx, |owner| *owner == Owner::SyncRead(peer));
         self.mark_unacked(peer);
+        self.mark_repair(peer);
         self.update_all(cx);
     }
 

@@ -11,4 +11,4 @@ pub mod message;
 pub use frame::{
     Decoder, Encoded, FrameError, HelloError, LINK_HELLO_BYTES, LinkHello, ProtocolVersion, encode,
 };
-pub use message::{Body, Message, PeerInfo, Refusal};
+pub use message::{BlockDigest, Body, Message, PeerInfo, Refusal};

@@ -116,6 +116,26 @@ pub enum Message {
         epoch: Epoch,
     },
 
+    /// Digests of the primary's content from a block on, one a block, as it is at this place of the
+    /// stream. Answered by [`Message::Differ`].
+    Digests {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Echoed in the answer.
+        id: u64,
+        /// The first block.
+        first: u64,
+        /// A digest of it and of each block that follows; at least one.
+        digests: Vec<BlockDigest>,
+    },
+    /// The primary begins or ends to compare the receiver's replica with its own: for its status.
+    Verifying {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// It begins.
+        active: bool,
+    },
+
     // The others to the primary; `epoch` echoes the primary's.
     /// Which blocks of the sender may differ from the primary's (answer to `StartSync`).
     Uncertain {
@@ -153,6 +173,15 @@ pub enum Message {
         epoch: Epoch,
         /// Echo.
         id: u64,
+    },
+    /// Answer to [`Message::Digests`].
+    Differ {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        id: u64,
+        /// The blocks whose digests differ at the sender.
+        blocks: Vec<BlockRange>,
     },
     /// A barrier was passed.
     BarrierAck {
@@ -198,6 +227,10 @@ pub struct PeerInfo {
     /// The highest epoch it has persisted.
     pub epoch: Epoch,
 }
+
+/// The first 128 bits of the SHA-256 of a block of 4 KiB.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockDigest(pub [u8; 16]);
 
 /// What a write writes.
 #[derive(Clone, PartialEq, Eq, Debug)]

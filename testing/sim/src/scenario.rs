@@ -33,6 +33,8 @@ impl Planted {
         (PlantedBug::FlushForgetsReceived, "flush-forgets-received"),
         (PlantedBug::ReceiptSettles, "receipt-settles"),
         (PlantedBug::JoinWhilePaused, "join-while-paused"),
+        (PlantedBug::VerifyOutsideGate, "verify-outside-gate"),
+        (PlantedBug::RepairWithoutLeave, "repair-without-leave"),
     ];
 
     /// Its name on the command line.
@@ -161,6 +163,9 @@ pub struct Scenario {
     /// When all is whole, the disk of a secondary hangs while its daemon lives: writes must go on
     /// without it after a while.
     pub hang_one: bool,
+    /// When all is whole and quiet, the disk of a secondary alters blocks by itself: a verification must
+    /// find and repair exactly these.
+    pub rot: bool,
     /// A failed disk is repaired only when everything else is well: the others must do without it.
     pub repair_late: bool,
     /// How often something interesting is followed by a crash close by, in percent.
@@ -246,6 +251,7 @@ impl Scenario {
             bursts: rng.pick(&[0.0, 20.0, 60.0]),
             idle_heal: rng.chance(50.0),
             hang_one: rng.chance(10.0),
+            rot: Rng::new(seed, 77).chance(20.0),
             repair_late: rng.chance(50.0),
             ambush: rng.pick(&[0.0, 5.0, 25.0]),
             trouble: Duration::from_millis(rng.pick(&[400, 800, 1600])),
@@ -304,6 +310,7 @@ impl Scenario {
             trouble: Duration::from_millis(700),
             rounds: 1,
             hang_one: false,
+            rot: false,
             disk_us: 1000,
             net_us: 1000,
             short: true,

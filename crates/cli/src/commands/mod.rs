@@ -88,6 +88,8 @@ pub enum Verb {
     PauseSync(order::PeerArgs),
     /// Let the resync of a volume go on
     ResumeSync(order::PeerArgs),
+    /// Compare the other replicas of a volume with this node's, which is primary, while it is in use
+    Verify(order::VerifyArgs),
     /// Move every service off a node and let none come back
     Standby(role::StandbyArgs),
     /// Let services come to a node again
@@ -157,6 +159,7 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
             let request = OrderRequest::ResumeSync { node: args.node };
             block_on(order::give(&context, &args.volume, request))
         }
+        Verb::Verify(args) => block_on(order::verify(&context, args)),
         Verb::Standby(args) => block_on(role::standby(&context, args, true)),
         Verb::Unstandby(args) => block_on(role::standby(&context, args, false)),
     };

@@ -24,6 +24,36 @@ pub struct PeerArgs {
     pub(super) node: Option<String>,
 }
 
+/// A verification.
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// Name of the volume
+    volume: String,
+    /// Node of the other replica (default: all that are in sync)
+    node: Option<String>,
+    /// Copy what differs from here; the replica leaves the in-sync set until that is done
+    #[arg(long)]
+    repair: bool,
+    /// End a verification that is under way
+    #[arg(long, conflicts_with = "repair")]
+    stop: bool,
+}
+
+pub(super) async fn verify(context: &Context, args: VerifyArgs) -> Result<ExitCode, CliError> {
+    let VerifyArgs {
+        volume,
+        node,
+        repair,
+        stop,
+    } = args;
+    let request = if stop {
+        OrderRequest::StopVerify { node }
+    } else {
+        OrderRequest::Verify { node, repair }
+    };
+    give(context, &volume, request).await
+}
+
 pub(super) async fn give(
     context: &Context,
     volume: &str,

@@ -217,6 +217,14 @@ impl Page {
         if let Some(percent) = replica.sync_percent {
             words.push(format!("{percent} % done"));
         }
+        if !replica.out_of_sync.is_empty() {
+            let bytes = replica.out_of_sync.iter().map(|(_, len)| len).sum();
+            words.push(format!(
+                "DIFFERS in {} at {} places (`relevo verify --repair`)",
+                format_size(bytes),
+                replica.out_of_sync.len()
+            ));
+        }
         if let Some(driver) = &replica.driver {
             words.push(format!("({driver})"));
         }

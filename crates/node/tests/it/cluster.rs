@@ -442,6 +442,7 @@ impl Cluster {
             in_flight: 0,
             waiting: None,
             peers: BTreeMap::new(),
+            out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
         });
         if status.disk == DiskState::Failed {

@@ -9,4 +9,5 @@ mod protocols;
 mod replicas;
 mod scenarios;
 mod storm;
+mod verify;
 mod world;

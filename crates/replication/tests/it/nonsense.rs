@@ -51,7 +51,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(21) {
+    match random.below(24) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -106,6 +106,21 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
             epoch,
             blocks: runs(random),
             certain: random.one_in(2),
+        },
+        20 => Message::Digests {
+            epoch,
+            id,
+            first: random.next() % 1030,
+            digests: vec![relevo_wire::BlockDigest([7; 16]); random.below(70)],
+        },
+        21 => Message::Differ {
+            epoch,
+            id,
+            blocks: runs(random),
+        },
+        22 => Message::Verifying {
+            epoch,
+            active: random.one_in(2),
         },
         19 => Message::PauseSync {
             paused: random.one_in(2),
@@ -268,7 +283,12 @@ fn something_happens(world: &mut World) {
             }
         }
         _ => {
-            let order = match world.random.below(6) {
+            let order = match world.random.below(8) {
+                6 => Order::Verify {
+                    peer: None,
+                    repair: true,
+                },
+                7 => Order::StopVerify { peer: None },
                 4 => Order::PauseSync { peer: None },
                 5 => Order::ResumeSync { peer: None },
                 0 => Order::SuspendIo,

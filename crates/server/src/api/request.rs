@@ -192,6 +192,21 @@ pub enum OrderRequest {
         #[serde(default)]
         node: Option<String>,
     },
+    /// Compare the other replicas with this one.
+    Verify {
+        /// Name of the peer; `None`: all that are in sync.
+        #[serde(default)]
+        node: Option<String>,
+        /// Copy what differs from here.
+        #[serde(default)]
+        repair: bool,
+    },
+    /// End it.
+    StopVerify {
+        /// Name of the peer; `None`: all.
+        #[serde(default)]
+        node: Option<String>,
+    },
     /// Have one again.
     Connect {
         /// Name of the peer; `None`: all.

@@ -187,6 +187,9 @@ pub struct ReplicaStatus {
     pub behind_ms: Option<u64>,
     /// The protocol between it and the primary; `None` for the primary, or without one.
     pub protocol: Option<String>,
+    /// What the last verification found to differ from the primary's, as offset and length in bytes.
+    #[serde(default)]
+    pub out_of_sync: Vec<(u64, u64)>,
     /// Progress of its resync since it began, in percent.
     pub sync_percent: Option<u8>,
     /// How its node reads and writes the backing: `io_uring`, `thread pool` ...

@@ -359,6 +359,7 @@ impl Worker {
                 VolumeEvent::Opened { .. }
                 | VolumeEvent::Closed { .. }
                 | VolumeEvent::Detached
+                | VolumeEvent::Verified { .. }
                 | VolumeEvent::Peer { .. },
             ) => {}
             None if self
@@ -417,6 +418,10 @@ impl Worker {
                 format!("open here as primary at epoch {epoch}"),
             ),
             VolumeEvent::Closed { reason } => (EventLevel::Info, format!("closed here: {reason}")),
+            VolumeEvent::Verified { node, .. } => {
+                let node = self.shared.control.state().borrow().node_name(*node);
+                verified_words(&node, event)
+            }
             VolumeEvent::Peer { node, state } => {
                 let node = self.shared.control.state().borrow().node_name(*node);
                 (EventLevel::Info, format!("replica on {node}: {state:?}"))
@@ -591,6 +596,52 @@ impl DataEvents {
     }
 }
 
+/// Runs of blocks that a message names; the others are only counted.
+const RUNS_TOLD: usize = 8;
+
+/// What a person is told of a verification that ended.
+fn verified_words(node: &str, event: &VolumeEvent) -> (EventLevel, String) {
+    let VolumeEvent::Verified {
+        checked,
+        differing,
+        stopped,
+        repair,
+        ..
+    } = event
+    else {
+        return (EventLevel::Info, String::new());
+    };
+    let looked_at = match stopped {
+        None => format!("the replica on {node} was compared with this one"),
+        Some(why) => format!(
+            "the comparison with the replica on {node} ended after {} MiB: {why}",
+            (checked * relevo_types::BLOCK_SIZE) >> 20
+        ),
+    };
+    if differing.is_empty() {
+        return (EventLevel::Info, format!("{looked_at}: no difference"));
+    }
+    let blocks: u64 = differing.iter().map(|run| run.count).sum();
+    let mut places: Vec<String> = differing
+        .iter()
+        .take(RUNS_TOLD)
+        .map(|run| format!("{}+{}", run.bytes().offset, run.bytes().len))
+        .collect();
+    if differing.len() > RUNS_TOLD {
+        places.push(format!("and {} more places", differing.len() - RUNS_TOLD));
+    }
+    let next = if *repair {
+        "it leaves the in-sync set and gets these blocks from here"
+    } else {
+        "nothing was changed; `relevo verify --repair` copies what differs from here"
+    };
+    let text = format!(
+        "{looked_at}: {blocks} blocks of 4 KiB differ, at bytes {}: one of the two disks altered data by itself; {next}",
+        places.join(", ")
+    );
+    (EventLevel::Alarm, text)
+}
+
 /// Whether a person or the planner would see a difference.
 fn same_to_a_person(a: &EngineStatus, b: &EngineStatus) -> bool {
     a.open == b.open
@@ -609,6 +660,7 @@ fn no_status() -> EngineStatus {
         in_flight: 0,
         waiting: None,
         peers: BTreeMap::new(),
+        out_of_sync: BTreeMap::new(),
         behind: BTreeMap::new(),
     }
 }

@@ -301,6 +301,9 @@ impl Sources<'_> {
                 .filter(|primary| *primary != node)
                 .map(|primary| volume.protocol(primary, node).to_string()),
             dirty_bytes: dirty.map(|blocks| blocks.saturating_mul(BLOCK_SIZE)),
+            out_of_sync: told
+                .map(|peer| peer.out_of_sync.clone())
+                .unwrap_or_default(),
             sync_percent: percent,
             driver: local.and_then(|local| local.driver.clone()),
             backing: local

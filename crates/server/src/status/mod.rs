@@ -66,6 +66,8 @@ pub(crate) struct LocalPeer {
     /// A replica of protocol A, told by its primary: bytes that it may lack, and for how long it does.
     #[serde(default)]
     pub(crate) behind: Option<(u64, u64)>,
+    /// What the last verification found to differ, as offset and length in bytes.
+    pub(crate) out_of_sync: Vec<(u64, u64)>,
 }
 
 /// Makes this node's report.
@@ -122,6 +124,14 @@ impl LocalSource {
                             state: peer_state(*state).to_owned(),
                             dirty_blocks: dirty_blocks(*state),
                             dirty_at_first: live.progress.get(node).copied(),
+                            out_of_sync: status
+                                .engine
+                                .out_of_sync
+                                .get(node)
+                                .into_iter()
+                                .flatten()
+                                .map(|run| (run.bytes().offset, run.bytes().len))
+                                .collect(),
                             behind: status.engine.behind.get(node).map(|behind| {
                                 let since = behind.since.map(|since| status.as_of.since(since));
                                 let ms = since.map_or(0, |since| since.as_millis());
@@ -197,6 +207,8 @@ const fn peer_state(state: PeerState) -> &'static str {
         PeerState::Connected => "Connected",
         PeerState::SyncSource { .. } => "SyncSource",
         PeerState::SyncTarget => "SyncTarget",
+        PeerState::VerifyS { .. } => "VerifyS",
+        PeerState::VerifyT => "VerifyT",
         PeerState::Established | PeerState::Following => "Established",
         PeerState::Ahead { .. } => "Ahead",
         PeerState::Behind => "Behind",
@@ -214,6 +226,8 @@ pub(crate) const fn dirty_blocks(state: PeerState) -> Option<u64> {
         | PeerState::StandAlone
         | PeerState::Connected
         | PeerState::SyncTarget
+        | PeerState::VerifyS { .. }
+        | PeerState::VerifyT
         | PeerState::Following
         | PeerState::Behind
         | PeerState::PausedSyncT

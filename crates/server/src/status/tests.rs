@@ -157,6 +157,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         dirty_blocks: dirty.map(|(left, _)| left),
         dirty_at_first: dirty.map(|(_, all)| all),
         behind: None,
+        out_of_sync: Vec::new(),
     };
     let volume = LocalVolume {
         disk: "UpToDate".to_owned(),

@@ -222,6 +222,23 @@ fn translate(
                 node.clone().unwrap_or_else(all)
             ),
         ),
+        OrderRequest::Verify { node, repair } => (
+            Order::Verify {
+                peer: peer(node)?,
+                repair: *repair,
+            },
+            format!(
+                "Volume {name} is being compared with {}; `relevo status` shows how far it is, `relevo events` what it finds.",
+                node.clone().unwrap_or_else(all)
+            ),
+        ),
+        OrderRequest::StopVerify { node } => (
+            Order::StopVerify { peer: peer(node)? },
+            format!(
+                "Volume {name} is no longer being compared with {}.",
+                node.clone().unwrap_or_else(all)
+            ),
+        ),
         OrderRequest::Connect { node } => (
             Order::Connect { peer: peer(node)? },
             format!(

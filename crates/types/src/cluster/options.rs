@@ -21,6 +21,9 @@ pub struct VolumeOptions {
     pub admit: Option<NodeId>,
     /// What happens when a replica of protocol A does not keep up.
     pub congestion: Congestion,
+    /// The primary compares the other replicas with its own this often, in seconds; `None`: only when
+    /// it is asked to.
+    pub verify_every_s: Option<u32>,
 }
 
 /// The protocol of one pair of replicas.
@@ -193,6 +196,30 @@ const TABLE: &[Entry] = &[
         },
     },
     Entry {
+        key: "verify-every",
+        allowed: "no, or a time from 1min to 1000d, as 90min, 12h or 7d",
+        show: |options, _| {
+            let words = |seconds: u32| {
+                let units = [("d", 86_400), ("h", 3600), ("min", 60)];
+                let whole = units.iter().find(|(_, unit)| seconds.is_multiple_of(*unit));
+                whole.map_or_else(
+                    || format!("{seconds}s"),
+                    |(word, unit)| format!("{}{word}", seconds / unit),
+                )
+            };
+            options
+                .verify_every_s
+                .map_or_else(|| "no".to_owned(), words)
+        },
+        set: |options, _, value| {
+            options.verify_every_s = match value {
+                "no" => None,
+                value => Some(parse_seconds(value, 60, 86_400_000)?),
+            };
+            Some(())
+        },
+    },
+    Entry {
         key: "sndbuf-size",
         allowed: "4096 to 67108864 bytes",
         show: |options, _| options.congestion.sndbuf_bytes.to_string(),
@@ -319,6 +346,21 @@ impl VolumeOptions {
     }
 }
 
+/// A time with its unit, in whole seconds.
+fn parse_seconds(value: &str, least: u32, most: u32) -> Option<u32> {
+    let digits = value.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = value.split_at(digits);
+    let unit = match unit {
+        "s" => 1,
+        "min" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return None,
+    };
+    let seconds = number.parse::<u32>().ok()?.checked_mul(unit)?;
+    (least..=most).contains(&seconds).then_some(seconds)
+}
+
 impl OnLoss {
     const ALLOWED: &str = "suspend-io or io-error";
 
@@ -358,6 +400,24 @@ mod tests {
         }
         assert_eq!(again, options);
         assert_ne!(options, VolumeOptions::default());
+    }
+
+    #[test]
+    fn times_have_units() {
+        let state = ClusterState::default();
+        let mut options = VolumeOptions::default();
+        for value in ["no", "90min", "36h", "7d"] {
+            options.set(&state, "verify-every", value).unwrap();
+            let shown = options.list(&state);
+            let shown = shown.iter().find(|(key, _)| *key == "verify-every");
+            assert_eq!(shown.unwrap().1, value);
+        }
+        for value in ["7", "d", "30s", "1001d", "99999999999d", "-1h", "7 d"] {
+            assert!(
+                options.set(&state, "verify-every", value).is_err(),
+                "{value}"
+            );
+        }
     }
 
     #[test]

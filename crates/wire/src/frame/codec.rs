@@ -4,7 +4,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use relevo_types::{BlockRange, ByteRange, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Seq};
 
 use super::{FrameError, MAX_BLOCK_RUNS, MAX_DATA_BYTES};
-use crate::{Body, Message, PeerInfo, Refusal};
+use crate::{BlockDigest, Body, Message, PeerInfo, Refusal};
 
 /// Message types on the wire. Numbers are never reused.
 mod kind {
@@ -32,6 +32,9 @@ mod kind {
     pub(super) const RECEIPTS: u8 = 32;
     pub(super) const RECEIVED: u8 = 33;
     pub(super) const PAUSE_SYNC: u8 = 20;
+    pub(super) const DIGESTS: u8 = 21;
+    pub(super) const DIFFER: u8 = 22;
+    pub(super) const VERIFYING: u8 = 23;
 }
 
 const BODY_DATA: u8 = 0;
@@ -133,6 +136,27 @@ pub(super) fn write_fields(
         Message::Behind { epoch, id } => put_pair(out, kind::BEHIND, *epoch, *id),
         Message::Following { epoch } => put_epoch(out, kind::FOLLOWING, *epoch),
         Message::Received { epoch, seq } => put_pair(out, kind::RECEIVED, *epoch, seq.0),
+        Message::Digests {
+            epoch,
+            id,
+            first,
+            digests,
+        } => {
+            put_pair(out, kind::DIGESTS, *epoch, *id);
+            out.put_u64_le(*first);
+            put_digests(out, digests)?;
+            kind::DIGESTS
+        }
+        Message::Differ { epoch, id, blocks } => {
+            put_pair(out, kind::DIFFER, *epoch, *id);
+            put_blocks(out, blocks)?;
+            kind::DIFFER
+        }
+        Message::Verifying { epoch, active } => {
+            out.put_u64_le(epoch.0);
+            out.put_u8(u8::from(*active));
+            kind::VERIFYING
+        }
         Message::PauseSync { paused } => {
             out.put_u8(u8::from(*paused));
             kind::PAUSE_SYNC
@@ -199,6 +223,21 @@ fn put_blocks(out: &mut BytesMut, blocks: &[BlockRange]) -> Result<(), FrameErro
     for run in blocks {
         out.put_u64_le(run.first);
         out.put_u64_le(run.count);
+    }
+    Ok(())
+}
+
+fn put_digests(out: &mut BytesMut, digests: &[BlockDigest]) -> Result<(), FrameError> {
+    // As long as a run of blocks, so the same bound.
+    if digests.len() > MAX_BLOCK_RUNS {
+        return Err(FrameError::TooLong {
+            part: "fields",
+            len: digests.len() * 16,
+            max: MAX_BLOCK_RUNS * 16,
+        });
+    }
+    for digest in digests {
+        out.put_slice(&digest.0);
     }
     Ok(())
 }
@@ -315,6 +354,16 @@ fn read_message(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameEr
             epoch: fields.epoch()?,
             wanted: fields.bool()?,
         },
+        kind::DIGESTS => Message::Digests {
+            epoch: fields.epoch()?,
+            id: fields.u64()?,
+            first: fields.u64()?,
+            digests: fields.digests()?,
+        },
+        kind::VERIFYING => Message::Verifying {
+            epoch: fields.epoch()?,
+            active: fields.bool()?,
+        },
         kind::RECONCILE => Message::Reconcile {
             epoch: fields.epoch()?,
         },
@@ -355,6 +404,11 @@ fn read_answer(fields: &mut Fields<'_>) -> Result<Message, FrameError> {
             blocks: fields.blocks()?,
         },
         kind::REFUSE => Message::Refuse(fields.refusal()?),
+        kind::DIFFER => Message::Differ {
+            epoch: fields.epoch()?,
+            id: fields.u64()?,
+            blocks: fields.blocks()?,
+        },
         kind::PAUSE_SYNC => Message::PauseSync {
             paused: fields.bool()?,
         },
@@ -437,6 +491,16 @@ impl Fields<'_> {
             (BODY_ZEROES, _) => Err(self.malformed("it writes zeroes and carries data")),
             _ => Err(self.malformed("its body is of an unknown kind")),
         }
+    }
+
+    /// All that is left, as digests.
+    fn digests(&mut self) -> Result<Vec<BlockDigest>, FrameError> {
+        let (digests, rest) = self.rest.as_chunks::<16>();
+        if !rest.is_empty() {
+            return Err(self.malformed("a digest is cut short"));
+        }
+        self.rest = &[];
+        Ok(digests.iter().copied().map(BlockDigest).collect())
     }
 
     /// All that is left, as runs of blocks.

@@ -6,7 +6,7 @@ use relevo_types::{
 };
 
 use super::*;
-use crate::{Body, PeerInfo, Refusal};
+use crate::{BlockDigest, Body, PeerInfo, Refusal};
 
 fn bytes_of(message: &Message) -> Vec<u8> {
     let encoded = encode(message).unwrap();
@@ -285,6 +285,23 @@ fn message() -> impl Strategy<Value = Message> {
             epoch: Epoch(epoch),
             seq: Seq(seq)
         }),
+        (
+            pair(),
+            any::<u64>(),
+            prop::collection::vec(any::<[u8; 16]>(), 0..9)
+        )
+            .prop_map(|((epoch, id), first, digests)| Message::Digests {
+                epoch: Epoch(epoch),
+                id,
+                first,
+                digests: digests.into_iter().map(BlockDigest).collect(),
+            }),
+        (pair(), blocks()).prop_map(|((epoch, id), blocks)| Message::Differ {
+            epoch: Epoch(epoch),
+            id,
+            blocks
+        }),
+        (epoch(), any::<bool>()).prop_map(|(epoch, active)| Message::Verifying { epoch, active }),
         any::<bool>().prop_map(|paused| Message::PauseSync { paused }),
         refusal().prop_map(Message::Refuse),
         Just(Message::Ping),

@@ -6,7 +6,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 20;
+pub(crate) const KINDS: usize = 23;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
@@ -113,7 +113,24 @@ fn of_kind(kind: usize, random: &mut Random) -> Message {
         17 => Message::PauseSync {
             paused: random.one_in(2),
         },
-        18 => Message::Ping,
+        18 => Message::Digests {
+            epoch,
+            id,
+            first: random.tricky(),
+            digests: (0..random.below(40))
+                .map(|_| relevo_wire::BlockDigest([random.byte(); 16]))
+                .collect(),
+        },
+        19 => Message::Differ {
+            epoch,
+            id,
+            blocks: blocks(random),
+        },
+        20 => Message::Verifying {
+            epoch,
+            active: random.one_in(2),
+        },
+        21 => Message::Ping,
         _ => Message::Pong,
     }
 }

@@ -47,6 +47,7 @@ impl LowerEpoch {
             | Message::Uncertain { epoch, .. }
             | Message::FlushAck { epoch, .. }
             | Message::SyncAck { epoch, .. }
+            | Message::Differ { epoch, .. }
             | Message::BarrierAck { epoch, .. } => *epoch,
             Message::WriteAck { epoch, seq } => {
                 if self.late.contains(&(to, *epoch, *seq)) {

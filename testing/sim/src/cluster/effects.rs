@@ -384,6 +384,12 @@ impl Cluster {
                 self.opened(node, epoch)?;
             }
             VolumeEvent::Closed { .. } => process.open = None,
+            VolumeEvent::Verified {
+                node: peer,
+                differing,
+                stopped,
+                ..
+            } => self.verified(index_of(peer), &differing, stopped.is_none())?,
             VolumeEvent::Peer { state, .. } => {
                 let paused = matches!(
                     state,

@@ -417,7 +417,7 @@ impl Cluster {
             return false;
         };
         match status.peers.get(&node) {
-            Some(PeerState::Following) => !equal || behind.bytes == 0,
+            Some(PeerState::Following | PeerState::VerifyS { .. }) => !equal || behind.bytes == 0,
             Some(PeerState::Ahead { .. } | PeerState::SyncSource { .. }) => !equal,
             _ => false,
         }

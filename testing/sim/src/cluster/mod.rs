@@ -12,6 +12,7 @@ mod machine;
 mod managed;
 mod operator;
 mod replicas;
+mod rot;
 mod trouble;
 mod verify;
 
@@ -170,6 +171,8 @@ pub struct Cluster {
     /// Failed disks are being repaired.
     repairing: bool,
     last_order: u64,
+    /// What a disk altered by itself, until it is repaired.
+    rotten: Option<rot::Rotten>,
     replaced: Option<replicas::Replaced>,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
@@ -281,6 +284,7 @@ impl Cluster {
             compared: false,
             repairing: false,
             last_order: 0,
+            rotten: None,
             replaced: None,
             target: None,
             person_needed: false,
@@ -342,6 +346,9 @@ impl Cluster {
                 self.hang_one()?;
             }
             self.settle()?;
+            if self.scenario.rot {
+                self.rot_one()?;
+            }
         }
         Ok(())
     }

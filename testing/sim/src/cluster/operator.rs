@@ -15,6 +15,20 @@ impl Cluster {
             return self.order(node, Order::Invalidate);
         }
         let (order, opposite) = if self.chance.trouble.chance(30.0) {
+            self.marks
+                .reached("an operator verified while all was in use");
+            let repair = self.chance.trouble.chance(50.0);
+            let node = self.open_primary().unwrap_or(node);
+            let later = self.chance.trouble.spread_millis(1, 100);
+            let stop = Event::Order {
+                node,
+                order: Order::StopVerify { peer: None },
+            };
+            if self.chance.trouble.chance(20.0) {
+                self.queue.after(later, stop);
+            }
+            return self.order(node, Order::Verify { peer: None, repair });
+        } else if self.chance.trouble.chance(30.0) {
             self.marks.reached("an operator paused a resync");
             (
                 Order::PauseSync { peer: None },

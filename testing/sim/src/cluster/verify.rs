@@ -169,7 +169,7 @@ impl Cluster {
         Ok(())
     }
 
-    fn is_silent_and_whole(&self) -> bool {
+    pub(super) fn is_silent_and_whole(&self) -> bool {
         self.is_silent() && self.all_in_sync(true) && self.open_primary().is_some()
     }
 
@@ -183,7 +183,7 @@ impl Cluster {
     /// In a quiet moment of the trouble phase: replicas in sync are equal, the others marked.
     pub(super) fn look_when_quiet(&mut self) -> Verdict {
         let long_enough = self.quiet && self.queue.now() > self.quiet_since + QUIET;
-        if !long_enough || self.compared || !self.is_silent() {
+        if !long_enough || self.compared || self.rotten.is_some() || !self.is_silent() {
             return Ok(());
         }
         let Some(primary) = self.open_primary() else {

@@ -101,3 +101,13 @@ fn a_receipt_that_counts_as_written_is_caught() {
 fn joining_while_the_resync_is_paused_is_caught() {
     caught(PlantedBug::JoinWhilePaused);
 }
+
+#[test]
+fn verifying_outside_the_gate_is_caught() {
+    caught(PlantedBug::VerifyOutsideGate);
+}
+
+#[test]
+fn repairing_a_member_is_caught() {
+    caught(PlantedBug::RepairWithoutLeave);
+}

@@ -1,0 +1,67 @@
+//! Digests of blocks: what verification and a resync of doubtful blocks compare instead of data.
+//!
+//! SHA-256 cut to 128 bits. A collision hides a difference, for good when a resync trusts it, so the
+//! digest must hold against content that someone chose (a guest's files), which rules out checksums
+//! and hashes without collision resistance; 128 bits leave a chance of one in 2^64 over all blocks that
+//! an attacker can make. `ring` is the hash that the TLS links use already, with the processor's SHA
+//! instructions where there are any; it does no I/O, so a sans-IO crate may use it.
+
+use relevo_types::{BLOCK_SIZE, BlockRange};
+use relevo_wire::BlockDigest;
+use ring::digest::{SHA256, digest};
+
+/// The digest of each block of some data, which is whole blocks.
+pub(crate) fn digests(data: &[u8]) -> Vec<BlockDigest> {
+    let block = usize::try_from(BLOCK_SIZE).unwrap_or(usize::MAX);
+    data.chunks(block).map(digest_of).collect()
+}
+
+fn digest_of(block: &[u8]) -> BlockDigest {
+    let whole = digest(&SHA256, block);
+    let mut half = [0; 16];
+    half.copy_from_slice(&whole.as_ref()[..16]);
+    BlockDigest(half)
+}
+
+/// The blocks from `first` on whose digests differ, as runs in order.
+pub(crate) fn differing(first: u64, a: &[BlockDigest], b: &[BlockDigest]) -> Vec<BlockRange> {
+    let mut runs: Vec<BlockRange> = Vec::new();
+    for (block, _) in (first..).zip(a.iter().zip(b)).filter(|(_, (a, b))| a != b) {
+        match runs.last_mut() {
+            Some(run) if run.end() == block => run.count += 1,
+            _ => runs.push(BlockRange::new(block, 1)),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_differ_are_named_as_runs() {
+        let a = vec![1; 5 * 4096];
+        let mut b = a.clone();
+        for at in [4096, 2 * 4096 + 4095, 4 * 4096] {
+            b[at] ^= 1;
+        }
+        let runs = differing(10, &digests(&a), &digests(&b));
+        assert_eq!(runs, [BlockRange::new(11, 2), BlockRange::new(14, 1)]);
+        assert_eq!(differing(10, &digests(&a), &digests(&a)), []);
+    }
+
+    /// The digest is part of the protocol.
+    #[test]
+    fn a_digest_is_the_first_half_of_sha_256() {
+        let zeroes = digests(&[0; 4096]);
+        assert_eq!(zeroes.len(), 1);
+        assert_eq!(
+            zeroes[0].0,
+            [
+                0xad, 0x7f, 0xac, 0xb2, 0x58, 0x6f, 0xc6, 0xe9, 0x66, 0xc0, 0x04, 0xd7, 0xd1, 0xd1,
+                0x6b, 0x02
+            ]
+        );
+    }
+}

@@ -1,0 +1,235 @@
+//! Online verification: what it finds, what it never finds, and repair.
+
+use std::time::Duration;
+
+use relevo_replication::{Order, PeerState, VolumeEvent};
+use relevo_types::{BlockRange, NodeId, cluster::Command};
+
+use crate::world::{A, B, BLOCK, C, V, World};
+
+fn verify(world: &mut World, repair: bool) {
+    world
+        .order(A, Order::Verify { peer: None, repair })
+        .unwrap();
+}
+
+/// What each verification of a node by A found: what differs, why it was stopped, whether it repairs.
+fn verified(world: &World, of: NodeId) -> Vec<(Vec<BlockRange>, Option<String>, bool)> {
+    let events = world.nodes[&A].events.iter();
+    events
+        .filter_map(|event| match event {
+            VolumeEvent::Verified {
+                node,
+                differing,
+                stopped,
+                repair,
+                ..
+            } if *node == of => Some((differing.clone(), stopped.clone(), *repair)),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The disk of a node alters a block by itself.
+fn rot(world: &mut World, node: NodeId, block: u64) {
+    let mut bytes = world.block(node, block);
+    bytes[100] ^= 0x40;
+    let disk = &mut world.node(node).disk;
+    disk.write(block * BLOCK as u64, &bytes);
+    disk.flush();
+}
+
+fn used(nodes: u32) -> World {
+    let mut world = World::opened(nodes, 1024, A);
+    for block in (0..1000).step_by(50) {
+        world.write(A, block, 20, 7);
+        world.run();
+    }
+    world.pass_ms(100);
+    world
+}
+
+#[test]
+fn silent_corruption_is_found_and_told() {
+    let mut world = used(3);
+    for block in [0, 255, 256, 1023] {
+        rot(&mut world, B, block);
+    }
+    verify(&mut world, false);
+    assert!(matches!(
+        world.status(A).peers[&B],
+        PeerState::VerifyS { .. }
+    ));
+    world.pass_ms(10);
+    let found = [
+        BlockRange::new(0, 1),
+        BlockRange::new(255, 2),
+        BlockRange::new(1023, 1),
+    ];
+    assert_eq!(verified(&world, B), [(found.to_vec(), None, false)]);
+    assert_eq!(verified(&world, C), [(Vec::new(), None, false)]);
+    let status = world.status(A);
+    assert_eq!(status.out_of_sync[&B], found);
+    assert_eq!(status.out_of_sync[&C], []);
+    assert_eq!(status.peers[&B], PeerState::Established);
+    // Nothing was changed.
+    assert!(world.volume().in_sync.contains(&B));
+    assert_eq!(world.differing(A, B), [0, 255, 256, 1023]);
+}
+
+#[test]
+fn the_replica_shows_that_it_is_verified() {
+    let mut world = used(2);
+    verify(&mut world, false);
+    world.deliver(A, B);
+    assert_eq!(world.status(B).peers[&A], PeerState::VerifyT);
+    world.pass_ms(10);
+    assert_eq!(world.status(B).peers[&A], PeerState::Established);
+}
+
+#[test]
+fn repair_leaves_the_set_first_and_copies_exactly_what_differs() {
+    let mut world = used(3);
+    rot(&mut world, B, 300);
+    rot(&mut world, B, 777);
+    world.commits = false;
+    verify(&mut world, true);
+    world.pass_ms(50);
+    assert_eq!(verified(&world, B).len(), 1);
+    assert!(verified(&world, B)[0].2);
+    assert_eq!(world.copied, 0, "nothing is copied to a member");
+    assert!(world.volume().in_sync.contains(&B));
+
+    let epoch = world.volume().epoch;
+    world.commits = true;
+    world.pass_ms(200);
+    assert!(world.volume().in_sync.contains(&B));
+    assert_eq!(world.volume().epoch.0, epoch.0 + 2, "a leave and a join");
+    assert_eq!(world.copied, 2);
+    assert!(world.same(A, B));
+    assert!(world.same(A, C));
+    verify(&mut world, false);
+    world.pass_ms(50);
+    assert_eq!(world.status(A).out_of_sync[&B], []);
+}
+
+/// The next primary must know it too: B has left, and A dies before B was repaired.
+#[test]
+fn another_member_knows_what_is_to_be_repaired() {
+    let mut world = used(3);
+    rot(&mut world, B, 300);
+    world.order(B, Order::PauseSync { peer: None }).unwrap();
+    verify(&mut world, true);
+    world.pass_ms(200);
+    assert!(!world.volume().in_sync.contains(&B));
+    assert_eq!(world.copied, 0);
+    world.crash(A, true);
+    world.evict(A);
+    world.promote(C);
+    world.pass_ms(2000);
+    world.order(B, Order::ResumeSync { peer: None }).unwrap();
+    world.pass_ms(2000);
+    assert!(world.volume().in_sync.contains(&B), "{:?}", world.volume());
+    assert!(world.same(B, C));
+}
+
+#[test]
+fn load_is_never_taken_for_damage() {
+    let mut world = used(3);
+    for round in 0..30u8 {
+        verify(&mut world, true);
+        for step in 0..400u64 {
+            if step % 7 == 0 {
+                let block = (step * 13 + u64::from(round) * 5) % 1000;
+                world.write(A, block, 4, round.wrapping_add(step.to_le_bytes()[0]));
+            }
+            let wires = world.busy_wires();
+            let ids = world.ids();
+            let id = ids[world.random.below(ids.len())];
+            if !wires.is_empty() && world.random.one_in(2) {
+                let (from, to) = wires[world.random.below(wires.len())];
+                world.deliver(from, to);
+            } else if !world.nodes[&id].ops.is_empty() {
+                let index = world.random.below(world.nodes[&id].ops.len());
+                world.finish_op(id, index);
+            }
+        }
+        world.pass_ms(20);
+    }
+    for node in [B, C] {
+        let all = verified(&world, node);
+        assert!(all.len() >= 30, "{}", all.len());
+        assert!(all.iter().all(|(found, ..)| found.is_empty()));
+    }
+    assert_eq!(world.copied, 0);
+}
+
+#[test]
+fn it_is_stopped_by_order_and_by_a_lost_link() {
+    let mut world = used(2);
+    verify(&mut world, false);
+    world.order(A, Order::StopVerify { peer: None }).unwrap();
+    world.pass_ms(10);
+    let all = verified(&world, B);
+    assert!(
+        all[0].1.as_ref().unwrap().contains("an operator"),
+        "{all:?}"
+    );
+    verify(&mut world, false);
+    world.cut(A, B);
+    world.pass_ms(100);
+    let all = verified(&world, B);
+    assert!(all[1].1.as_ref().unwrap().contains("link"), "{all:?}");
+    assert_eq!(all.len(), 2);
+    let error = world
+        .order(
+            A,
+            Order::Verify {
+                peer: Some(B),
+                repair: false,
+            },
+        )
+        .unwrap_err();
+    assert!(error.contains("not in sync"), "{error}");
+    let error = world
+        .order(
+            B,
+            Order::Verify {
+                peer: None,
+                repair: false,
+            },
+        )
+        .unwrap_err();
+    assert!(error.contains("primary"), "{error}");
+}
+
+#[test]
+fn a_replica_whose_disk_hangs_is_given_up() {
+    let mut world = used(2);
+    world.node(B).disk.stalled = true;
+    verify(&mut world, false);
+    world.pass_ms(12_000);
+    assert!(!world.volume().in_sync.contains(&B));
+    assert_eq!(verified(&world, B).len(), 1);
+}
+
+#[test]
+fn the_primary_verifies_by_the_clock() {
+    let mut world = used(2);
+    let volume = world.volume().clone();
+    let mut options = volume.options;
+    options.verify_every_s = Some(60);
+    world.command(&Command::SetVolumeOptions {
+        volume: V,
+        expect: volume.version,
+        options,
+    });
+    rot(&mut world, B, 5);
+    world.pass(Duration::from_secs(59));
+    assert_eq!(verified(&world, B), []);
+    world.pass(Duration::from_secs(2));
+    assert_eq!(verified(&world, B).len(), 1);
+    assert_eq!(world.status(A).out_of_sync[&B], [BlockRange::new(5, 1)]);
+    world.pass(Duration::from_secs(61));
+    assert_eq!(verified(&world, B).len(), 2);
+}

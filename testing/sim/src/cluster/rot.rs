@@ -1,0 +1,140 @@
+//! A disk that alters data by itself, and the verification that must find it; and that none finds
+//! anything else.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use bytes::Bytes;
+use relevo_replication::{Order, PeerState};
+use relevo_types::{BlockRange, Time};
+
+use super::{Cluster, Phase, node_id};
+use crate::{
+    check::{Verdict, Violation, equal, marked},
+    net::Index,
+};
+
+const RULE: &str = "verification reports damage, and nothing else";
+
+/// From the order to verify until what was damaged is repaired: a leave, a resync, a join.
+const REPAIRED_WITHIN: Duration = Duration::from_secs(6);
+
+/// An operator who is refused asks again after this time.
+const ORDER_EVERY: Duration = Duration::from_millis(200);
+
+/// What a disk altered by itself.
+#[derive(Clone, Debug)]
+pub(super) struct Rotten {
+    node: Index,
+    blocks: BTreeSet<u64>,
+    found: bool,
+}
+
+impl Cluster {
+    /// All is quiet and in sync: the disk of a secondary alters some blocks, and an operator verifies.
+    pub(super) fn rot_one(&mut self) -> Verdict {
+        let Some(primary) = self.open_primary() else {
+            return Ok(());
+        };
+        let node = self.other_than(primary, self.scenario.data_nodes);
+        let now = self.queue.now();
+        let mut blocks = BTreeSet::new();
+        for _ in 0..3 {
+            let block = self.chance.trouble.below(self.scenario.blocks);
+            if blocks.insert(block) {
+                let range = BlockRange::new(block, 1).bytes();
+                let disk = &mut self.machines[node].disk;
+                let mut bytes = disk.view_bytes(range);
+                let at = usize::try_from(range.len / 2).unwrap_or(0);
+                bytes[at] ^= 0x10;
+                disk.install(range.offset, &Bytes::from(bytes));
+            }
+        }
+        self.trace
+            .node(now, node, || format!("blocks {blocks:?} rot on its disk"));
+        self.rotten = Some(Rotten {
+            node,
+            blocks,
+            found: false,
+        });
+        self.phase = Phase::Settling;
+        let until = self.queue.now() + REPAIRED_WITHIN;
+        self.wait_until_repaired(primary, node, until)?;
+        self.marks.reached("verification found what a disk altered");
+        self.rotten = None;
+        marked::drained(self.engine(primary), node_id(node))
+    }
+
+    fn wait_until_repaired(&mut self, primary: Index, node: Index, until: Time) -> Verdict {
+        let is_repaired = |cluster: &Self| {
+            let disk = |node: Index| &cluster.machines[node].disk;
+            let blocks = cluster.scenario.blocks;
+            cluster.rotten.as_ref().is_some_and(|rotten| rotten.found)
+                && cluster.is_silent_and_whole()
+                && equal::differing(blocks, disk(primary), disk(node))
+                    .next()
+                    .is_none()
+        };
+        let mut order_at = self.queue.now();
+        while !is_repaired(self) {
+            if self.queue.now() >= order_at {
+                // Again and again: it is refused until the primary knows that all are in sync.
+                order_at = self.queue.now() + ORDER_EVERY;
+                self.order_verify(primary, node)?;
+            }
+            if self.queue.now() >= until {
+                return Err(Violation::new(
+                    RULE,
+                    format!("what a disk altered was not repaired: {:?}", self.rotten),
+                ));
+            }
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    fn order_verify(&mut self, primary: Index, node: Index) -> Verdict {
+        let peer = node_id(node);
+        let found = self.rotten.as_ref().is_some_and(|rotten| rotten.found);
+        let status = self.engine(primary).map(relevo_replication::Engine::status);
+        let state = status.and_then(|status| status.peers.get(&peer).copied());
+        if found || matches!(state, Some(PeerState::VerifyS { .. })) {
+            return Ok(());
+        }
+        let verify = Order::Verify {
+            peer: Some(peer),
+            repair: true,
+        };
+        self.order(primary, verify)
+    }
+
+    /// An engine tells what it found.
+    pub(super) fn verified(
+        &mut self,
+        node: Index,
+        differing: &[BlockRange],
+        whole: bool,
+    ) -> Verdict {
+        if whole {
+            self.marks.reached("a verification came to its end");
+        }
+        let found: BTreeSet<u64> = differing.iter().flat_map(BlockRange::iter).collect();
+        let rotten = self.rotten.as_mut().filter(|rotten| rotten.node == node);
+        let expected = rotten
+            .as_ref()
+            .map_or_else(BTreeSet::new, |rotten| rotten.blocks.clone());
+        let Some(rotten) = rotten.filter(|_| found == expected) else {
+            if found.is_empty() {
+                return Ok(());
+            }
+            return Err(Violation::new(
+                RULE,
+                format!(
+                    "blocks {found:?} of n{} were called different, but {expected:?} are",
+                    node + 1
+                ),
+            ));
+        };
+        rotten.found = true;
+        Ok(())
+    }
+}
