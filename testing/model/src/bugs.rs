@@ -18,6 +18,14 @@ pub enum Bug {
     /// A primary that restarted opens under its old epoch: a `Join` of its earlier life may yet be
     /// committed.
     NoFreshEpoch,
+    /// At a new epoch the tail is not marked for those outside the set.
+    TailNotMarked,
+    /// A new member is not told what others lack.
+    NoDirtyMap,
+    /// What a promotion pushes is not added to the uncertain maps of those who get it.
+    PushNotRemembered,
+    /// A write does not name the replicas that it is not sent to, or that nobody waits for.
+    NoDirtyFor,
     /// An uncertain node opens although a certain member answered.
     UncertainOpens,
     /// A node is evicted while its lease is valid (rule 8).
@@ -31,7 +39,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::AckBeforeLeave,
         Self::ClearOnSend,
         Self::LostLinkNotMarked,
@@ -39,6 +47,10 @@ impl Bug {
         Self::IgnoreLowerEpoch,
         Self::JoinWithoutBarrier,
         Self::NoFreshEpoch,
+        Self::TailNotMarked,
+        Self::NoDirtyMap,
+        Self::PushNotRemembered,
+        Self::NoDirtyFor,
         Self::UncertainOpens,
         Self::LeaseNotWaitedOut,
         Self::UncertainDropsEvicted,

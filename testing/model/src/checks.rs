@@ -113,8 +113,11 @@ impl Protocol {
         }
         let config = s.newest(0);
         let node = usize::from(config.primary);
-        let everyone = bit(self.nodes) - 1;
-        if node >= self.nodes || config.in_sync != everyone {
+        let there = |node: &usize| !self.is_lost(s, *node);
+        let everyone = (0..self.nodes)
+            .filter(there)
+            .fold(0, |all, node| all | bit(node));
+        if node >= self.nodes || self.is_lost(s, node) || config.in_sync != everyone {
             return false;
         }
         let n = &s.nodes[node];
@@ -125,8 +128,10 @@ impl Protocol {
         n.role == Role::Primary
             && n.lease
             && n.open == 0
-            && s.nodes[..self.nodes].iter().all(known)
-            && self.others(node).all(|peer| {
+            && (0..self.nodes)
+                .filter(there)
+                .all(|node| known(&s.nodes[node]))
+            && self.others(node).filter(there).all(|peer| {
                 let p = &s.nodes[peer];
                 n.peers[peer].stage == Stage::InSync && p.certain && p.content == n.content
             })

@@ -29,7 +29,7 @@ impl Protocol {
         bit(self.nodes) - 1
     }
 
-    fn send(s: &mut State, from: usize, to: usize, message: Message) {
+    pub(crate) fn send(s: &mut State, from: usize, to: usize, message: Message) {
         if s.linked(from, to) {
             s.queues[from][to].push(message);
         }
@@ -259,7 +259,7 @@ impl Protocol {
                     blocks |= bit(block_of(id, self.blocks));
                 }
             }
-            if blocks != 0 {
+            if blocks != 0 && !self.has(Bug::NoDirtyMap) {
                 let slot = narrow(other);
                 Self::send(
                     s,
@@ -346,9 +346,11 @@ impl Protocol {
                 n.dirty[peer] |= bit(block);
             }
         }
-        let dirty_for = others & !(sent & config.in_sync);
-        let open = (1..=3_u8).find(|id| n.open & bit(usize::from(*id) - 1) != 0);
-        let complete = open.unwrap_or(id) - 1;
+        let mut dirty_for = others & !(sent & config.in_sync);
+        if self.has(Bug::NoDirtyFor) {
+            dirty_for = 0;
+        }
+        let complete = n.complete(id);
         n.wrote = true;
         n.hot |= bit(block);
         n.content[block] = id;
@@ -597,7 +599,7 @@ impl Protocol {
                 }
                 let n = &mut s.nodes[node];
                 let at = usize::from(block);
-                if n.peers[peer].reconciles {
+                if n.peers[peer].reconciles && !self.has(Bug::PushNotRemembered) {
                     n.dirty[node] |= bit(at);
                 }
                 n.content[at] = content;
@@ -624,6 +626,12 @@ impl Protocol {
             }
             Message::EpochUpdate { epoch, in_sync } => {
                 return self.epoch_update(s, node, peer, epoch, in_sync);
+            }
+            Message::Complete { epoch, id } => {
+                let n = &mut s.nodes[node];
+                if n.peers[peer].reign == epoch && epoch >= n.seen {
+                    n.tail &= !(bit(usize::from(id)) - 1);
+                }
             }
             Message::Uncertain { epoch, blocks } => {
                 let n = &mut s.nodes[node];
@@ -703,7 +711,11 @@ impl Protocol {
         n.peers[peer].reign = epoch;
         n.seen = epoch;
         let member = in_sync & bit(node) != 0;
-        let tail = self.tail_blocks(n);
+        let tail = if self.has(Bug::TailNotMarked) {
+            0
+        } else {
+            self.tail_blocks(n)
+        };
         let lacking = tail | if member { n.dirty[node] } else { 0 };
         for slot in self.others(node) {
             if everyone & !in_sync & bit(slot) != 0 {
@@ -724,6 +736,12 @@ impl Protocol {
 }
 
 impl Node {
+    /// Below `next`, which is not issued yet: the write at or below which all of a reign are complete.
+    pub(crate) fn complete(&self, next: u8) -> u8 {
+        let open = (1..next).find(|id| self.open & bit(usize::from(*id) - 1) != 0);
+        open.unwrap_or(next) - 1
+    }
+
     /// Forgets what only a primary, or one that becomes it, has.
     pub(crate) fn end_reign(&mut self) {
         self.gathered = 0;

@@ -210,6 +210,10 @@ pub enum Message {
         blocks: u8,
         certain: bool,
     },
+    Complete {
+        epoch: u8,
+        id: u8,
+    },
 }
 
 /// What never happens again once it happened so often.
@@ -227,6 +231,8 @@ pub struct Budget {
     pub demotes: u8,
     /// Forced promotions.
     pub forced: u8,
+    /// Losses of the last node for good.
+    pub losses: u8,
 }
 
 /// What can be seen only while it happens.
@@ -333,6 +339,7 @@ impl State {
             &mut self.left.leases,
             &mut self.left.demotes,
             &mut self.left.forced,
+            &mut self.left.losses,
         ] {
             bits.bits(left, 2);
         }
@@ -482,7 +489,7 @@ impl Message {
             1 | 11 => [4, 0, 0, 0],
             2 => [4, per_block, 0, 0],
             3 => [4, 2, 2, 3],
-            4 => [4, 2, 0, 0],
+            4 | 13 => [4, 2, 0, 0],
             5 => [4, 4, 1, 2],
             6 => [4, 1, 0, 0],
             7 => [4, 2, per_block, 0],
@@ -512,6 +519,7 @@ impl Message {
                 dirty_for,
             } => (3, [epoch, id, complete, dirty_for]),
             Self::WriteAck { epoch, id } => (4, [epoch, id, 0, 0]),
+            Self::Complete { epoch, id } => (13, [epoch, id, 0, 0]),
             Self::SyncWrite {
                 epoch,
                 session,
@@ -550,6 +558,7 @@ impl Message {
                 complete: c,
                 dirty_for: d,
             },
+            13 => Self::Complete { epoch: a, id: b },
             4 => Self::WriteAck { epoch: a, id: b },
             5 => Self::SyncWrite {
                 epoch: a,

@@ -21,6 +21,12 @@ pub struct Protocol {
     pub writes: u8,
     /// How often what may happen.
     pub budget: Budget,
+    /// It begins with the primary alone in the set, the last node lost.
+    pub alone: bool,
+    /// Nodes that may fail.
+    pub failing: u8,
+    /// Links that may break, as in [`State::links`].
+    pub cut: u8,
     /// A bug.
     pub bug: Option<Bug>,
 }
@@ -51,6 +57,10 @@ pub enum Step {
     Crash { node: usize },
     /// Power is lost, and what was not flushed.
     Outage { node: usize },
+    /// The primary says by itself what is complete.
+    Complete { from: usize, to: usize, id: u8 },
+    /// The last node is lost for good: its disk stays as it is.
+    Lose { node: usize },
     /// The process is there again.
     Restart { node: usize },
     /// The log commits that nodes leave.
@@ -113,6 +123,9 @@ impl Model for Protocol {
                 s.links |= pair(node, other);
             }
         }
+        if self.alone {
+            self.leave_alone(&mut s);
+        }
         s
     }
 
@@ -166,6 +179,23 @@ impl Model for Protocol {
 type Go<'a> = dyn FnMut(Step, bool, &dyn Fn(&mut State)) + 'a;
 
 impl Protocol {
+    /// The others left by commit, everyone heard of it, and no link is up.
+    fn leave_alone(&self, s: &mut State) {
+        s.left.losses = 0;
+        s.links = 0;
+        s.logs[0].commit(Config {
+            primary: 0,
+            in_sync: 1,
+        });
+        for node in 0..self.nodes {
+            let n = &mut s.nodes[node];
+            n.known = 2;
+            n.peers = Default::default();
+        }
+        s.nodes[0].seen = 2;
+        s.nodes[self.nodes - 1].crash(false);
+    }
+
     const fn lineages(&self) -> usize {
         if self.budget.forced > 0 { 3 } else { 1 }
     }
@@ -186,6 +216,9 @@ impl Protocol {
     fn of_node(&self, s: &State, node: usize, go: &mut Go<'_>) {
         let n = &s.nodes[node];
         let log = &s.logs[usize::from(n.lineage)];
+        if self.is_lost(s, node) {
+            return;
+        }
         if !n.up {
             return go(Step::Restart { node }, false, &|s| {
                 let n = &mut s.nodes[node];
@@ -218,6 +251,7 @@ impl Protocol {
         if !n.lease && log.evicted & bit(node) == 0 {
             go(Step::Renew { node }, false, &|s| s.nodes[node].lease = true);
         }
+        self.complete_positions(s, node, go);
         for other in node + 1..self.nodes {
             if s.nodes[other].up && !s.linked(node, other) && !s.alarm {
                 let step = Step::Connect { a: node, b: other };
@@ -234,6 +268,37 @@ impl Protocol {
                 s.logs[usize::from(s.nodes[node].lineage)].leaves |= 1 << absent;
             });
         }
+    }
+
+    /// Only where it changes something: else it is as if it had not been sent.
+    fn complete_positions(&self, s: &State, node: usize, go: &mut Go<'_>) {
+        let n = &s.nodes[node];
+        let (epoch, id) = (n.known, n.complete(s.issued + 1));
+        for peer in self.others(node).filter(|_| n.role == Role::Primary) {
+            let told = |message: &Message| {
+                matches!(message, Message::Complete { .. } | Message::Write { .. })
+            };
+            let p = &s.nodes[peer];
+            let news = p.tail & ((1 << id) - 1) != 0 && !s.queues[node][peer].iter().any(told);
+            if news && p.peers[node].reign <= epoch && n.peers[peer].stage != Stage::None {
+                go(
+                    Step::Complete {
+                        from: node,
+                        to: peer,
+                        id,
+                    },
+                    false,
+                    &|s| {
+                        Self::send(s, node, peer, Message::Complete { epoch, id });
+                    },
+                );
+            }
+        }
+    }
+
+    /// Whether a node is down and stays so.
+    pub(crate) fn is_lost(&self, s: &State, node: usize) -> bool {
+        self.budget.losses > s.left.losses && node + 1 == self.nodes
     }
 
     /// Members that a promotion could not ask.
@@ -265,6 +330,7 @@ impl Protocol {
         if !n.up {
             return;
         }
+        let fails = self.failing & bit(node) != 0;
         // A leave that is under way may be committed after the fault: as if it had been before.
         let log = &s.logs[usize::from(n.lineage)];
         let leaving = (0..8_u8)
@@ -276,20 +342,26 @@ impl Protocol {
             .any(|peer| s.nodes[peer].up && s.nodes[peer].certain && in_sync & bit(peer) != 0);
         let outages_before = self.budget.outages - s.left.outages;
         // What is acknowledged survives all but the loss of the last that has it for certain.
-        if s.left.crashes > 0 && (outages_before == 0 || another_knows) {
+        if fails && s.left.crashes > 0 && (outages_before == 0 || another_knows) {
             go(Step::Crash { node }, true, &|s| {
                 s.left.crashes -= 1;
                 self.crash(s, node, false);
             });
         }
-        if s.left.outages > 0 && another_knows {
+        if fails && s.left.outages > 0 && another_knows {
             go(Step::Outage { node }, true, &|s| {
                 s.left.outages -= 1;
                 self.crash(s, node, true);
             });
         }
+        if s.left.losses > 0 && node + 1 == self.nodes {
+            go(Step::Lose { node }, true, &|s| {
+                s.left.losses -= 1;
+                self.crash(s, node, false);
+            });
+        }
         for other in node + 1..self.nodes {
-            if s.left.breaks > 0 && s.linked(node, other) {
+            if s.left.breaks > 0 && s.linked(node, other) && self.cut & pair(node, other) != 0 {
                 go(Step::Break { a: node, b: other }, true, &|s| {
                     s.left.breaks -= 1;
                     self.break_link(s, node, other);
@@ -297,7 +369,7 @@ impl Protocol {
             }
         }
         let reigns = matches!(n.role, Role::Primary);
-        if s.left.leases > 0 && n.lease && usize::from(s.newest(node).primary) == node {
+        if fails && s.left.leases > 0 && n.lease && usize::from(s.newest(node).primary) == node {
             go(Step::LeaseEnds { node }, true, &|s| {
                 s.left.leases -= 1;
                 s.nodes[node].lease = false;
@@ -354,8 +426,9 @@ impl Protocol {
                     s.logs[number].commit(nobody);
                 });
             }
-            // It reads the log in order, so it knows that it was evicted before it has a lease again.
-            let told = usize::from(s.known(node).primary) != node;
+            // It reads the log in order, so it heard that it was evicted before it has a lease again.
+            let mut unheard = usize::from(n.known)..=usize::from(log.epoch);
+            let told = unheard.all(|epoch| usize::from(log.configs[epoch].primary) != node);
             if n.up && told && log.evicted & bit(node) != 0 {
                 go(Step::Readmit { node }, false, &|s| {
                     s.logs[number].evicted &= !bit(node);

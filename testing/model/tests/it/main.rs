@@ -17,6 +17,7 @@ const NONE: Budget = Budget {
     leases: 0,
     demotes: 0,
     forced: 0,
+    losses: 0,
 };
 
 /// About 100 bytes each with all that is kept of it.
@@ -28,6 +29,9 @@ const fn protocol(nodes: usize, blocks: usize, writes: u8, budget: Budget) -> Pr
         blocks,
         writes,
         budget,
+        alone: false,
+        failing: 7,
+        cut: 7,
         bug: None,
     }
 }
@@ -94,7 +98,7 @@ fn two_nodes_that_lose_power() {
     };
     holds(
         "2 nodes, outage, crash and break",
-        protocol(2, 1, 2, budget),
+        protocol(2, 1, 1, budget),
     );
 }
 
@@ -138,27 +142,48 @@ fn two_nodes_and_forced_promotions() {
 #[test]
 fn three_nodes_whose_leases_end() {
     let budget = Budget { leases: 1, ..NONE };
-    holds("3 nodes, lease", protocol(3, 1, 2, budget));
+    holds("3 nodes, lease", protocol(3, 1, 1, budget));
 }
 
 #[test]
 fn three_nodes_whose_processes_end() {
     let budget = Budget { crashes: 1, ..NONE };
-    holds("3 nodes, crash", protocol(3, 1, 2, budget));
+    holds("3 nodes, crash", protocol(3, 1, 1, budget));
     let budget = Budget { outages: 1, ..NONE };
-    holds("3 nodes, outage", protocol(3, 1, 2, budget));
+    holds("3 nodes, outage", protocol(3, 1, 1, budget));
 }
 
 #[test]
 fn three_nodes_whose_links_break() {
-    let budget = Budget { breaks: 2, ..NONE };
-    holds("3 nodes, 2 breaks", protocol(3, 1, 2, budget));
+    let budget = Budget { breaks: 1, ..NONE };
+    holds("3 nodes, break", protocol(3, 1, 2, budget));
     let budget = Budget {
         breaks: 1,
         demotes: 1,
         ..NONE
     };
     holds("3 nodes, step-down and break", protocol(3, 1, 1, budget));
+}
+
+#[test]
+fn three_nodes_of_which_one_is_lost() {
+    let budget = Budget {
+        breaks: 1,
+        leases: 1,
+        losses: 1,
+        ..NONE
+    };
+    let alone = Protocol {
+        alone: true,
+        ..protocol(3, 1, 2, budget)
+    };
+    holds("3 nodes, one lost, lease and break", alone);
+    let budget = Budget {
+        leases: 1,
+        losses: 1,
+        ..NONE
+    };
+    holds("3 nodes, lease and loss", protocol(3, 1, 1, budget));
 }
 
 /// The bounds in which a bug shows.
@@ -168,8 +193,13 @@ fn bounds(bug: Bug) -> Protocol {
         leases: 1,
         ..NONE
     };
+    let lost = Protocol {
+        failing: 0b001,
+        cut: 0b001,
+        ..protocol(3, 1, 1, Budget { losses: 1, ..lease })
+    };
     match bug {
-        Bug::NoFreshEpoch | Bug::UncertainOpens => protocol(
+        Bug::NoFreshEpoch => protocol(
             2,
             1,
             1,
@@ -177,6 +207,15 @@ fn bounds(bug: Bug) -> Protocol {
                 crashes: 2,
                 breaks: 1,
                 ..NONE
+            },
+        ),
+        Bug::UncertainOpens => protocol(
+            2,
+            1,
+            1,
+            Budget {
+                outages: 1,
+                ..lease
             },
         ),
         Bug::UncertainDropsEvicted => protocol(
@@ -198,6 +237,16 @@ fn bounds(bug: Bug) -> Protocol {
                 ..NONE
             },
         ),
+        Bug::TailNotMarked | Bug::NoDirtyFor => lost,
+        Bug::NoDirtyMap => Protocol {
+            alone: true,
+            ..lost
+        },
+        Bug::PushNotRemembered => Protocol {
+            failing: 0b011,
+            cut: 0,
+            ..protocol(3, 1, 1, Budget { leases: 2, ..NONE })
+        },
         _ => protocol(2, 1, 2, lease),
     }
 }
