@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::broadcast;
 
-use crate::api::{Event, EventKind, EventLevel};
+use crate::api::{Event, EventKind, EventLevel, StateChange};
 
 /// Events that are remembered: some hours of a calm cluster, about 300 KiB.
 const REMEMBERED: usize = 1000;
@@ -54,6 +54,23 @@ impl Events {
 
     /// Remembers, logs and sends out an event.
     pub(crate) fn add(&self, level: EventLevel, kind: EventKind, subject: &str, text: &str) {
+        self.add_with(level, kind, subject, text, None);
+    }
+
+    /// The same for a state of a volume's replica that changed.
+    pub(crate) fn add_change(&self, level: EventLevel, volume: &str, change: StateChange) {
+        let text = change.to_string();
+        self.add_with(level, EventKind::Volume, volume, &text, Some(change));
+    }
+
+    fn add_with(
+        &self,
+        level: EventLevel,
+        kind: EventKind,
+        subject: &str,
+        text: &str,
+        change: Option<StateChange>,
+    ) {
         match level {
             EventLevel::Info => tracing::info!(?kind, subject, "{text}"),
             EventLevel::Warning | EventLevel::Alarm => {
@@ -70,6 +87,7 @@ impl Events {
             level,
             subject: subject.to_owned(),
             text: text.to_owned(),
+            change,
         };
         if inner.past.len() == REMEMBERED {
             inner.past.pop_front();

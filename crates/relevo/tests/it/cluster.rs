@@ -184,6 +184,14 @@ fn events_tell_the_story() {
         let event: serde_json::Value = serde_json::from_str(line).unwrap();
         assert!(event["number"].as_u64().unwrap() > 0);
     }
+    let opened = json.lines().find_map(|line| {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap();
+        let change = event["change"].clone();
+        (change["what"] == "role" && change["new"] == "Primary").then_some(change)
+    });
+    let opened = opened.unwrap();
+    assert_eq!(opened["old"], "Secondary");
+    assert!(opened["reason"].as_str().unwrap().contains("control log"));
 }
 
 #[test]

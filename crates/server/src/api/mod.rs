@@ -19,7 +19,7 @@ pub use request::{
 pub use status::{
     ClusterStatus, DaemonStatus, Event, EventKind, EventLevel, FailureStatus, Health, LeaseStatus,
     NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus, ReplicaStatus, ServiceState,
-    ServiceStatus, Status, VolumeStatus, WaitStatus,
+    ServiceStatus, StateChange, Status, VolumeStatus, WaitStatus,
 };
 
 /// Name of the socket within the state directory.

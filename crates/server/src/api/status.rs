@@ -311,6 +311,38 @@ pub struct Event {
     pub subject: String,
     /// What happened and why.
     pub text: String,
+    /// The state that changed, where it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub change: Option<StateChange>,
+}
+
+/// A state of this node's replica of a volume that changed.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StateChange {
+    /// `role`, `disk` or `replication`.
+    pub what: String,
+    /// For `replication`: the node at the other end.
+    pub peer: Option<String>,
+    /// The state before.
+    pub old: String,
+    /// The state after.
+    pub new: String,
+    /// Why, where that is known.
+    pub reason: Option<String>,
+}
+
+impl std::fmt::Display for StateChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { what, old, new, .. } = self;
+        match &self.peer {
+            Some(peer) => write!(f, "{what} with {peer}: {old} -> {new}")?,
+            None => write!(f, "{what}: {old} -> {new}")?,
+        }
+        match &self.reason {
+            Some(reason) => write!(f, ": {reason}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What an event is about.

@@ -39,6 +39,8 @@ pub(super) struct Wishes {
     pub(super) close: bool,
     /// With the moment at which each was told.
     pub(super) events: VecDeque<(Time, VolumeEvent)>,
+    /// Links that ended, and why.
+    pub(super) lost: BTreeMap<NodeId, String>,
     pub(super) died: Option<String>,
     closed: bool,
 }
@@ -115,6 +117,11 @@ impl Mailbox {
         }
         wishes.events.push_back((relevo_host::clock::now(), event));
         self.changed.notify_all();
+    }
+
+    /// A link ended. Told with the event that says so of the state.
+    pub(super) fn link_lost(&self, peer: NodeId, reason: String) {
+        self.lock().lost.insert(peer, reason);
     }
 
     pub(super) fn died(&self, reason: String) {

@@ -5,7 +5,8 @@
 //!   [`exports`]: how applications here reach them; [`links`]: connections between replicas.
 //! * [`parts`]: the parts of services.
 
-pub(crate) mod exports;
+pub(crate) mod changes;
+mod exports;
 pub(crate) mod hands;
 pub(crate) mod links;
 pub(crate) mod mailbox;

@@ -22,6 +22,7 @@ use relevo_types::{
 use tokio::sync::Semaphore;
 
 use super::{
+    changes::Told,
     mailbox::Mailbox,
     volumes::{Live, Shared},
 };
@@ -71,6 +72,7 @@ pub(crate) fn start(volume: VolumeId, shared: Arc<Shared>) -> std::io::Result<Ar
         down: false,
         links: BTreeMap::new(),
         told: None,
+        shown: Told::default(),
         soon: 0,
         proposals: Arc::new(Semaphore::new(PROPOSALS_MAX)),
     };
@@ -93,6 +95,8 @@ struct Worker {
     links: BTreeMap<NodeId, EstablishedLink>,
     /// What the node manager was told last.
     told: Option<EngineStatus>,
+    /// What people were told last.
+    shown: Told,
     /// Short looks that are left.
     soon: u32,
     proposals: Arc<Semaphore>,
@@ -142,6 +146,9 @@ impl Worker {
                 if wishes.demote {
                     let _gone = handle.demote();
                 }
+            }
+            for (peer, reason) in wishes.lost {
+                self.shown.link_lost(peer, reason);
             }
             for (at, event) in wishes.events {
                 self.wait_for_status_of(at);
@@ -374,6 +381,7 @@ impl Worker {
         if let Some(event) = &event {
             self.tell_people(event);
         }
+        self.tell_changes(event.as_ref(), &status);
         self.told = Some(status.clone());
         self.shared.inbox.tell(Input::Volume {
             volume: self.volume,
@@ -422,13 +430,21 @@ impl Worker {
                 let node = self.shared.control.state().borrow().node_name(*node);
                 verified_words(&node, event)
             }
-            VolumeEvent::Peer { node, state } => {
-                let node = self.shared.control.state().borrow().node_name(*node);
-                (EventLevel::Info, format!("replica on {node}: {state:?}"))
-            }
+            // Told as a change of state.
+            VolumeEvent::Peer { .. } => return,
         };
         let name = self.name();
         self.event(level, &name, &text);
+    }
+
+    fn tell_changes(&mut self, event: Option<&VolumeEvent>, status: &EngineStatus) {
+        let state = self.shared.control.state();
+        let changes = self
+            .shown
+            .changes(event, status, |node| state.borrow().node_name(node));
+        for (level, change) in changes {
+            self.shared.events.add_change(level, &self.name(), change);
+        }
     }
 
     fn thread_died(&mut self, reason: &str) {
@@ -583,6 +599,7 @@ impl DataEvents {
             }
             DatapathEvent::LinkLost { peer, reason } => {
                 tracing::info!(volume = %self.volume, %peer, reason, "a data link ended");
+                self.mailbox.link_lost(peer, reason);
                 self.dial(peer);
             }
             DatapathEvent::WantLink { peer } => self.dial(peer),
@@ -651,7 +668,7 @@ fn same_to_a_person(a: &EngineStatus, b: &EngineStatus) -> bool {
         && a.waiting == b.waiting
 }
 
-fn no_status() -> EngineStatus {
+pub(super) fn no_status() -> EngineStatus {
     EngineStatus {
         open: false,
         disk: DiskState::Attaching,

@@ -200,7 +200,7 @@ pub(crate) async fn collect(
     reports
 }
 
-const fn peer_state(state: PeerState) -> &'static str {
+pub(crate) const fn peer_state(state: PeerState) -> &'static str {
     match state {
         PeerState::Connecting => "Connecting",
         PeerState::StandAlone => "StandAlone",
