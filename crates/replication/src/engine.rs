@@ -275,7 +275,8 @@ impl Engine {
     }
 
     /// Where the replica of `node` may lack what this node has, for tests and verification; empty
-    /// for an unknown node. For this node itself: what it would call uncertain, its tail included.
+    /// for an unknown node. For this node itself: what it would call uncertain, its tail included, and as
+    /// a primary what it wrote and not all acknowledged.
     #[must_use]
     pub fn dirty_blocks(&self, node: NodeId) -> Vec<BlockRange> {
         let State::Ready(machine) = &self.state else {
@@ -284,7 +285,10 @@ impl Engine {
         let runs = |slot| machine.meta.bitmaps.of(slot).runs(u64::MAX);
         if node == self.config.node {
             let own = runs(machine.meta.own_slot());
-            return own.chain(machine.tail.blocks()).collect();
+            let writes = machine.primary().map(|primary| &primary.writes);
+            let writes = writes.into_iter().flat_map(BTreeMap::values);
+            let incomplete = writes.filter(|it| !it.complete).map(|it| it.blocks);
+            return own.chain(machine.tail.blocks()).chain(incomplete).collect();
         }
         machine
             .slot(node)

@@ -50,6 +50,8 @@ pub(crate) struct Machine {
     pub(crate) certain: bool,
     pub(crate) tail: Tail,
     pub(crate) lease_until: Time,
+    /// When this node opened as primary last.
+    pub(crate) opened: Time,
     pub(crate) role: Role,
     pub(crate) requests: Requests,
     pub(crate) afters: Vec<(Ticket, After)>,
@@ -132,6 +134,7 @@ impl Machine {
             certain,
             tail: Tail::default(),
             lease_until: Time::ZERO,
+            opened: Time::ZERO,
             role: Role::Secondary,
             requests: Requests::default(),
             afters: Vec::new(),

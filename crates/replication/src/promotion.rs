@@ -371,6 +371,7 @@ impl Machine {
         }
         self.certain = true;
         self.meta.superblock.inconsistent = false;
+        self.opened = cx.now;
         self.role = Role::Primary(Primary::new(epoch, in_sync.clone()));
         for peer in in_sync {
             if let Some(link) = self.links.get_mut(&peer) {

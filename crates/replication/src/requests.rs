@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use relevo_format::Layout;
-use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange};
+use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange, Time, cluster::options::OnLoss};
 use relevo_wire::Body;
 
 use crate::{
@@ -95,6 +95,8 @@ impl Machine {
     pub(crate) fn accept_request(&mut self, cx: &mut Cx<'_>, id: RequestId, request: AppRequest) {
         let refusal = if !self.is_open() || self.stepping_down {
             Some(ReplyError::NotPrimary)
+        } else if self.is_without_quorum(cx.now) {
+            Some(ReplyError::Io)
         } else if self.requests.len() >= REQUESTS_MAX || self.requests.table.contains_key(&id) {
             Some(ReplyError::Io)
         } else {
@@ -116,6 +118,41 @@ impl Machine {
                 // the order in which it came.
                 self.pump_requests(cx);
             }
+        }
+    }
+
+    /// When requests begin to fail, with `on-no-quorum=io-error`: without a lease for the dead time this
+    /// node can't know that it is primary still, and the others have replaced it if they could.
+    pub(crate) fn fails_from(&self) -> Time {
+        let fails = self
+            .volume
+            .as_ref()
+            .is_some_and(|volume| volume.options.on_no_quorum == OnLoss::Error);
+        if fails && self.is_open() {
+            self.lease_until.max(self.opened) + self.config.link_timeout
+        } else {
+            Time::NEVER
+        }
+    }
+
+    fn is_without_quorum(&self, now: Time) -> bool {
+        now >= self.fails_from()
+    }
+
+    /// Answers what waits with errors, if that was chosen and no majority is in sight. What was sent
+    /// already may yet be done, as after any error.
+    pub(crate) fn settle_quorum(&mut self, cx: &mut Cx<'_>) {
+        if self.requests.is_empty() || !self.is_without_quorum(cx.now) {
+            return;
+        }
+        self.abandon_jobs(cx, |owner| {
+            matches!(owner, Owner::AppRead(_) | Owner::AppWrite(_))
+        });
+        for id in self.requests.drain() {
+            cx.emit(Effect::Reply {
+                id,
+                result: Err(ReplyError::Io),
+            });
         }
     }
 

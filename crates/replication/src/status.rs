@@ -222,7 +222,13 @@ impl Machine {
             .unwrap_or(Time::NEVER);
         let admitted = self.admitted.filter(|_| self.is_open());
         let admitted = admitted.map(|(_, until)| until);
+        let fails = if self.requests.is_empty() {
+            Time::NEVER
+        } else {
+            self.fails_from()
+        };
         self.links_deadline()
+            .min(fails)
             .min(admitted.unwrap_or(Time::NEVER))
             .min(self.saving_deadline())
             .min(self.verify_deadline())

@@ -12,7 +12,7 @@ use relevo_types::{
     cluster::{
         AddressPart, ClusterState, Command, Congestion, JoinToken, NodeKind, NodePath, NodeSpec,
         Outcome, Part, Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume,
-        VolumeChange, VolumeOptions, VolumePart,
+        VolumeChange, VolumeOptions, VolumePart, options::OnLoss,
     },
 };
 
@@ -110,14 +110,19 @@ impl Control {
         Ok(Self { state, snapshots })
     }
 
-    /// The same with other limits for replicas of protocol A.
+    /// The same with other options.
     ///
     /// # Errors
     /// The control log refused it; a bug in it or here.
-    pub fn with_congestion(mut self, congestion: Congestion) -> Result<Self, Rejection> {
+    pub fn with_options(
+        mut self,
+        congestion: Congestion,
+        on_no_quorum: OnLoss,
+    ) -> Result<Self, Rejection> {
         let volume = &self.state.volumes[&VOLUME];
         let options = VolumeOptions {
             congestion,
+            on_no_quorum,
             ..volume.options.clone()
         };
         let expect = volume.version;

@@ -8,6 +8,7 @@ pub const ALL: &[&str] = &[
     "a write was acknowledged",
     "a replica was added to a volume in use",
     "an operator suspended I/O",
+    "requests failed without a majority",
     "an operator invalidated a replica",
     "an operator disconnected a replica",
     "an operator paused a resync",

@@ -7,7 +7,7 @@ use std::{str::FromStr, time::Duration};
 use relevo_replication::lab::PlantedBug;
 use relevo_types::{
     Sensitivity,
-    cluster::{Congestion, OnCongestion, Protocol},
+    cluster::{Congestion, OnCongestion, Protocol, options::OnLoss},
 };
 
 use crate::{faults::Fault, rng::Rng};
@@ -122,6 +122,15 @@ fn mixture(seed: u64) -> ([Protocol; 3], Congestion, u64) {
     (protocols, congestion, rng.pick(&[0, 2000, 8000]))
 }
 
+/// What requests do without a majority. Chance of its own too.
+fn no_quorum(seed: u64) -> OnLoss {
+    if Rng::new(seed, 8).chance(20.0) {
+        OnLoss::Error
+    } else {
+        OnLoss::Suspend
+    }
+}
+
 /// Everything that a run is made from.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -188,6 +197,8 @@ pub struct Scenario {
     pub protocols: [Protocol; 3],
     /// Limits for replicas of protocol A.
     pub congestion: Congestion,
+    /// Requests without a majority wait or fail.
+    pub on_no_quorum: OnLoss,
     /// Replicas of protocol A are far away: each write to them takes the line this long, in
     /// microseconds. 0: they are not.
     pub far_us: u64,
@@ -265,6 +276,7 @@ impl Scenario {
             crash_point: None,
             protocols,
             congestion,
+            on_no_quorum: no_quorum(seed),
             far_us,
         }
     }

@@ -21,7 +21,7 @@ pub enum VolumeVerb {
     /// Add, remove or move replicas while the volume is in use
     #[command(subcommand)]
     Replica(super::replica::ReplicaVerb),
-    /// Choose how a volume behaves: `relevo volume set mail on-io-error=pass_on`
+    /// Choose how a volume behaves: `relevo volume set mail on-no-quorum=io-error`
     Set {
         /// Name of the volume
         name: String,
@@ -115,7 +115,7 @@ pub(super) async fn find(context: &Context, name: &str) -> Result<VolumeStatus, 
 fn parse_option(text: &str) -> Result<(String, String), String> {
     let (key, value) = text
         .split_once('=')
-        .ok_or("write OPTION=VALUE, on-io-error=detach say")?;
+        .ok_or("write OPTION=VALUE, on-no-quorum=io-error say")?;
     Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 

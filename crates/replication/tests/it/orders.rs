@@ -1,7 +1,7 @@
 //! Orders of an operator.
 
 use relevo_replication::{DiskState, Order, PeerState};
-use relevo_types::NodeId;
+use relevo_types::{NodeId, cluster::Command};
 
 use crate::world::{A, B, C, World};
 
@@ -73,4 +73,39 @@ fn an_invalidated_replica_is_copied_anew() {
     assert!(world.volume().in_sync.contains(&B), "{:?}", world.volume());
     assert_eq!(world.status(B).disk, DiskState::UpToDate);
     assert!(world.same(A, B));
+}
+
+#[test]
+fn requests_fail_without_a_majority_if_that_was_chosen() {
+    let mut world = World::opened(2, 1024, A);
+    world.silence(A, B);
+    world.node(A).control = false;
+    let write = world.write(A, 0, 1, 9);
+    world.lease(A, std::time::Duration::from_millis(500));
+    world.pass_ms(3000);
+    assert!(!world.is_answered(write), "by default they wait");
+
+    let volume = world.volume().clone();
+    let mut options = volume.options.clone();
+    options
+        .set(&world.control, "on-no-quorum", "io-error")
+        .unwrap();
+    world.node(A).control = true;
+    world.commits = false;
+    world.command(&Command::SetVolumeOptions {
+        volume: volume.id,
+        expect: volume.version,
+        options,
+    });
+    world.pass_ms(10);
+    assert!(world.is_answered(write) && !world.is_acked(write));
+    let later = world.write(A, 0, 1, 9);
+    assert!(world.is_answered(later) && !world.is_acked(later));
+
+    world.lease(A, std::time::Duration::from_secs(100));
+    world.commits = true;
+    world.pass_ms(500);
+    let later = world.write(A, 0, 1, 9);
+    world.pass_ms(10);
+    assert!(world.is_acked(later), "B has left the set");
 }

@@ -681,6 +681,10 @@ impl World {
         self.request(id, AppRequest::Read(range))
     }
 
+    pub(crate) fn is_answered(&self, id: RequestId) -> bool {
+        self.replies.contains_key(&id)
+    }
+
     pub(crate) fn is_acked(&self, id: RequestId) -> bool {
         matches!(self.replies.get(&id), Some(Ok(_)))
     }

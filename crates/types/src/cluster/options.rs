@@ -8,10 +8,6 @@ use crate::NodeId;
 /// The choices for one volume. They may change while it is in use.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct VolumeOptions {
-    /// What a failed disk means for the application.
-    pub on_io_error: OnIoError,
-    /// What requests do while no disk can serve them.
-    pub on_no_data: OnLoss,
     /// What requests do while the cluster can't agree on a smaller in-sync set.
     pub on_no_quorum: OnLoss,
     /// Pairs of replicas whose protocol is not the weaker one of the two replicas' own.
@@ -83,16 +79,6 @@ impl Default for Congestion {
     }
 }
 
-/// `on-io-error`
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub enum OnIoError {
-    /// The disk is given up. While another replica is in sync the application does not notice.
-    #[default]
-    Detach,
-    /// The disk is given up and the application gets the error at once.
-    PassOn,
-}
-
 /// What happens to requests that can't be served now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum OnLoss {
@@ -134,34 +120,6 @@ struct Entry {
 }
 
 const TABLE: &[Entry] = &[
-    Entry {
-        key: "on-io-error",
-        allowed: "detach or pass_on",
-        show: |options, _| {
-            match options.on_io_error {
-                OnIoError::Detach => "detach",
-                OnIoError::PassOn => "pass_on",
-            }
-            .to_owned()
-        },
-        set: |options, _, value| {
-            options.on_io_error = match value {
-                "detach" => OnIoError::Detach,
-                "pass_on" => OnIoError::PassOn,
-                _ => return None,
-            };
-            Some(())
-        },
-    },
-    Entry {
-        key: "on-no-data-accessible",
-        allowed: OnLoss::ALLOWED,
-        show: |options, _| options.on_no_data.word().to_owned(),
-        set: |options, _, value| {
-            options.on_no_data = OnLoss::parse(value)?;
-            Some(())
-        },
-    },
     Entry {
         key: "on-no-quorum",
         allowed: OnLoss::ALLOWED,
@@ -388,7 +346,6 @@ mod tests {
     fn what_is_shown_can_be_set() {
         let state = ClusterState::default();
         let mut options = VolumeOptions::default();
-        options.set(&state, "on-io-error", "pass_on").unwrap();
         options.set(&state, "on-no-quorum", "io-error").unwrap();
         options.set(&state, "on-congestion", "pull-ahead").unwrap();
         options.set(&state, "sndbuf-size", "65536").unwrap();
@@ -424,12 +381,12 @@ mod tests {
     fn mistakes_are_explained() {
         let state = ClusterState::default();
         let mut options = VolumeOptions::default();
-        let unknown = options.set(&state, "on-io-eror", "detach").unwrap_err();
-        assert!(unknown.to_string().contains("on-io-error"), "{unknown}");
-        let value = options.set(&state, "on-io-error", "ignore").unwrap_err();
+        let unknown = options.set(&state, "on-no-quorun", "io-error").unwrap_err();
+        assert!(unknown.to_string().contains("on-no-quorum"), "{unknown}");
+        let value = options.set(&state, "on-no-quorum", "ignore").unwrap_err();
         assert_eq!(
             value.to_string(),
-            "`on-io-error` can't be `ignore`; it may be detach or pass_on"
+            "`on-no-quorum` can't be `ignore`; it may be suspend-io or io-error"
         );
         assert_eq!(options, VolumeOptions::default());
     }

@@ -236,10 +236,19 @@ impl Cluster {
                 answers,
                 format!("{pending:?} was called invalid"),
             )),
-            Err(ReplyError::NotPrimary | ReplyError::Io) => match pending.what {
-                What::Write { number, .. } => self.history.write_failed(number),
-                What::Read(_) | What::Flush => Ok(()),
-            },
+            Err(error @ (ReplyError::NotPrimary | ReplyError::Io)) => {
+                let attached = self.machines[node]
+                    .process
+                    .as_ref()
+                    .is_some_and(|process| !process.disk_failed);
+                if error == ReplyError::Io && attached && self.machines[node].open().is_some() {
+                    self.marks.reached("requests failed without a majority");
+                }
+                match pending.what {
+                    What::Write { number, .. } => self.history.write_failed(number),
+                    What::Read(_) | What::Flush => Ok(()),
+                }
+            }
         }
     }
 

@@ -229,7 +229,7 @@ impl Cluster {
             lineage,
             scenario.sensitivity,
         )
-        .and_then(|control| control.with_congestion(scenario.congestion))
+        .and_then(|control| control.with_options(scenario.congestion, scenario.on_no_quorum))
         .map_err(|rejection| setup(rejection.to_string()))?;
         let control = if scenario.managed {
             control
