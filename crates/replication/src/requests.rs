@@ -95,9 +95,10 @@ impl Machine {
     pub(crate) fn accept_request(&mut self, cx: &mut Cx<'_>, id: RequestId, request: AppRequest) {
         let refusal = if !self.is_open() || self.stepping_down {
             Some(ReplyError::NotPrimary)
-        } else if self.is_without_quorum(cx.now) {
-            Some(ReplyError::Io)
-        } else if self.requests.len() >= REQUESTS_MAX || self.requests.table.contains_key(&id) {
+        } else if self.is_without_quorum(cx.now)
+            || self.requests.len() >= REQUESTS_MAX
+            || self.requests.table.contains_key(&id)
+        {
             Some(ReplyError::Io)
         } else {
             None
