@@ -9,7 +9,6 @@ pub const ALL: &[&str] = &[
     "a replica was added to a volume in use",
     "an operator suspended I/O",
     "requests failed without a majority",
-    "an operator invalidated a replica",
     "an operator disconnected a replica",
     "an operator paused a resync",
     "a paused resync went on",

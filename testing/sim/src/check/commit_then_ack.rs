@@ -29,13 +29,14 @@ pub struct ReplicaView<'a> {
     pub received: &'a [BlockRange],
 }
 
-/// Checks a write that is acknowledged now. A replica of protocol B may have only received it, while
+/// Checks a write that is acknowledged now, by a node that may be evicted already. A replica of protocol B may have only received it, while
 /// its process lives.
 ///
 /// # Errors
 /// A member of the in-sync set lacks it.
 pub fn write(
     volume: &Volume,
+    by: NodeId,
     replicas: &[ReplicaView<'_>],
     history: &History,
     number: WriteNo,
@@ -49,10 +50,8 @@ pub fn write(
         if excused && !durable {
             continue;
         }
-        let pair = volume
-            .primary
-            .map(|primary| volume.protocol(primary, replica.node));
-        let by_receipt = pair == Some(Protocol::B) && !durable;
+        let protocol = volume.protocol(by, replica.node);
+        let by_receipt = protocol == Protocol::B && !durable;
         for block in history.write(number).blocks.iter() {
             let received = |run: &BlockRange| run.first <= block && block < run.end();
             if by_receipt && replica.received.iter().any(received) {

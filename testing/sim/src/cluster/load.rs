@@ -276,7 +276,14 @@ impl Cluster {
                 }
                 let replicas = self.replica_views(&received);
                 let volume = self.control.volume();
-                commit_then_ack::write(volume, &replicas, &self.history, *number, *fua)?;
+                commit_then_ack::write(
+                    volume,
+                    node_id(node),
+                    &replicas,
+                    &self.history,
+                    *number,
+                    *fua,
+                )?;
                 self.history.write_acked(*number, *fua)
             }
             What::Flush => {
