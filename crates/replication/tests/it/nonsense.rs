@@ -1,9 +1,11 @@
 //! A peer that says anything: links may close, the engine lives on.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use relevo_replication::{AppRequest, Input, Order};
 use relevo_types::{BlockRange, ByteRange, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Seq};
-use relevo_wire::{Body, Message, PeerInfo, Refusal};
+use relevo_wire::{Body, Message, PeerInfo, Refusal, encode, frame::is_known};
 use said::fuzz::fuzz;
 
 use crate::world::{A, B, C, Random, World};
@@ -51,7 +53,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(24) {
+    match random.below(28) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -128,8 +130,36 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
         18 => Message::Refuse(Refusal::Protocol {
             reason: String::new(),
         }),
+        23 => Message::Behind { epoch, id },
+        24 => Message::Following { epoch },
+        25 => Message::Receipts {
+            epoch,
+            wanted: random.one_in(2),
+        },
+        26 => Message::Received {
+            epoch,
+            seq: Seq(id),
+        },
+        _ if random.one_in(2) => Message::Pong,
         _ => Message::Ping,
     }
+}
+
+#[test]
+fn nonsense_has_every_kind() {
+    let mut random = Random::new(3);
+    let mut made = BTreeSet::new();
+    for _ in 0..4000 {
+        // Data of a wrong length can't be encoded, but reach the engine in these tests.
+        if let Ok(frame) = encode(&message(&mut random, C, Epoch(3))) {
+            made.insert(frame.head[3]);
+        }
+    }
+    let known: BTreeSet<u8> = (0..=u8::MAX).filter(|kind| is_known(*kind)).collect();
+    assert_eq!(
+        made, known,
+        "`message` above makes the kinds on the left, the code knows those on the right"
+    );
 }
 
 #[test]

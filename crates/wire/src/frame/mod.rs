@@ -153,6 +153,13 @@ pub fn encode(message: &Message) -> Result<Encoded, FrameError> {
     })
 }
 
+/// Whether a frame's type number stands for a message: what tests of every kind are measured by.
+#[must_use]
+pub fn is_known(kind: u8) -> bool {
+    let fields = codec::read_fields(kind, &[], Bytes::new());
+    !matches!(fields, Err(FrameError::UnknownType { .. }))
+}
+
 /// Turns the bytes of a link into messages. After an error it yields only that error: nothing
 /// behind a damaged frame can be trusted.
 #[derive(Debug, Default)]

@@ -366,7 +366,7 @@ proptest! {
 
     #[test]
     fn fields_of_garbage_with_good_checksums_never_panic(
-        kind in 0u8..40,
+        kind in 0u8..52,
         fields in prop::collection::vec(any::<u8>(), 0..120),
         data in prop::collection::vec(any::<u8>(), 0..40),
     ) {

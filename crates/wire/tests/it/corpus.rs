@@ -6,7 +6,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 23;
+pub(crate) const KINDS: usize = 27;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
@@ -49,7 +49,8 @@ pub(crate) fn message(random: &mut Random) -> Message {
     of_kind(kind, random)
 }
 
-fn of_kind(kind: usize, random: &mut Random) -> Message {
+/// A valid message of the kind with this index.
+pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
     let epoch = Epoch(random.tricky());
     let seq = Seq(random.tricky());
     let id = random.tricky();
@@ -130,7 +131,14 @@ fn of_kind(kind: usize, random: &mut Random) -> Message {
             epoch,
             active: random.one_in(2),
         },
-        21 => Message::Ping,
+        21 => Message::Behind { epoch, id },
+        22 => Message::Following { epoch },
+        23 => Message::Receipts {
+            epoch,
+            wanted: random.one_in(2),
+        },
+        24 => Message::Received { epoch, seq },
+        25 => Message::Ping,
         _ => Message::Pong,
     }
 }
