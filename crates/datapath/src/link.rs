@@ -2,11 +2,11 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, Read as _, Write as _},
+    io::{self, BufRead as _, IoSlice, Read as _, Write as _},
     net::{Shutdown, TcpStream},
 };
 
-use bytes::{Buf as _, Bytes};
+use bytes::{Buf as _, Bytes, BytesMut};
 use relevo_transport::EstablishedLink;
 use relevo_types::{NodeId, Time};
 use relevo_wire::{Message, frame};
@@ -24,6 +24,13 @@ pub(crate) const READ_LEN: usize = 256 << 10;
 /// disk waiting.
 const READ_PER_TURN: usize = 1 << 20;
 
+/// Pieces encrypted with one call: they fill records of 16 KiB together, where one by one each head
+/// would be a record of its own.
+const SLICES_MAX: usize = 64;
+
+/// Heads of messages share blocks of this many bytes: some hundred of them.
+const HEADS_LEN: usize = 8 << 10;
+
 /// Queued for a peer before new application requests are no longer taken. A few of the largest
 /// requests; more would only be latency.
 pub(crate) const OUTGOING_HIGH: usize = 16 << 20;
@@ -39,6 +46,8 @@ pub(crate) struct Link {
     tls: Connection,
     decoder: frame::Decoder,
     outgoing: VecDeque<Bytes>,
+    /// Heads that follow what is in `outgoing`.
+    heads: BytesMut,
     outgoing_bytes: usize,
     /// Send what is left, until then at most, and end.
     closing: Option<Time>,
@@ -64,6 +73,7 @@ impl Link {
             tls,
             decoder: frame::Decoder::new(),
             outgoing: VecDeque::new(),
+            heads: BytesMut::new(),
             outgoing_bytes: 0,
             closing: None,
             notified: false,
@@ -73,10 +83,18 @@ impl Link {
 
     /// Queues a message; [`Self::flush`] sends it.
     pub(crate) fn send(&mut self, message: &Message) -> Result<(), String> {
-        let encoded = frame::encode(message).map_err(|error| error.to_string())?;
-        self.outgoing_bytes += encoded.len();
-        self.outgoing.push_back(encoded.head);
-        self.outgoing.extend(encoded.data);
+        if self.heads.capacity() < frame::HEADER_BYTES {
+            self.heads.reserve(HEADS_LEN);
+        }
+        let before = self.heads.len();
+        let data =
+            frame::encode_into(message, &mut self.heads).map_err(|error| error.to_string())?;
+        self.outgoing_bytes += self.heads.len() - before;
+        if let Some(data) = data {
+            self.outgoing_bytes += data.len();
+            self.seal_heads();
+            self.outgoing.push_back(data);
+        }
         if self.outgoing_bytes > OUTGOING_MAX {
             return Err(format!(
                 "the peer does not read: {} MiB wait for it",
@@ -84,6 +102,12 @@ impl Link {
             ));
         }
         Ok(())
+    }
+
+    fn seal_heads(&mut self) {
+        if !self.heads.is_empty() {
+            self.outgoing.push_back(self.heads.split().freeze());
+        }
     }
 
     /// Bytes queued and not yet encrypted.
@@ -98,15 +122,7 @@ impl Link {
         messages: &mut Vec<Message>,
     ) -> Result<(), String> {
         // What came with the handshake.
-        self.take_plaintext()?;
-        let result = self.read(scratch);
-        while let Some(message) = self.decoder.next().map_err(|error| error.to_string())? {
-            messages.push(message);
-        }
-        result
-    }
-
-    fn read(&mut self, scratch: &mut [u8]) -> Result<(), String> {
+        self.take_plaintext(messages)?;
         let mut total = 0;
         while total < READ_PER_TURN {
             let count = match self.stream.read(scratch) {
@@ -123,7 +139,7 @@ impl Link {
                 self.tls
                     .read_tls(&mut received)
                     .map_err(|error| error.to_string())?;
-                self.take_plaintext()?;
+                self.take_plaintext(messages)?;
             }
             if count < scratch.len() {
                 return Ok(());
@@ -132,38 +148,32 @@ impl Link {
         Ok(())
     }
 
-    fn take_plaintext(&mut self) -> Result<(), String> {
+    fn take_plaintext(&mut self, messages: &mut Vec<Message>) -> Result<(), String> {
         let state = self
             .tls
             .process_new_packets()
             .map_err(|error| format!("TLS: {error}"))?;
-        let available = state.plaintext_bytes_to_read();
-        if available > 0 {
-            self.decoder
-                .feed_from(&mut self.tls.reader(), available)
-                .map_err(|error| error.to_string())?;
+        let mut available = state.plaintext_bytes_to_read();
+        let mut reader = self.tls.reader();
+        while available > 0 {
+            // Where rustls has it: the decoder copies it to where it stays.
+            let mut chunk = reader.fill_buf().map_err(|error| error.to_string())?;
+            let len = chunk.len();
+            while !chunk.is_empty() {
+                let message = self.decoder.take(&mut chunk);
+                messages.extend(message.map_err(|error| error.to_string())?);
+            }
+            reader.consume(len);
+            available = available.saturating_sub(len.max(1));
         }
         Ok(())
     }
 
     /// Sends what the socket takes. An error is the end of the link.
     pub(crate) fn flush(&mut self) -> Result<(), String> {
+        self.seal_heads();
         loop {
-            while let Some(piece) = self.outgoing.front_mut() {
-                let taken = self
-                    .tls
-                    .writer()
-                    .write(piece)
-                    .map_err(|error| error.to_string())?;
-                if taken == 0 {
-                    break;
-                }
-                self.outgoing_bytes -= taken;
-                piece.advance(taken);
-                if piece.is_empty() {
-                    self.outgoing.pop_front();
-                }
-            }
+            self.encrypt()?;
             if self.closing.is_some() && self.outgoing.is_empty() && !self.notified {
                 self.tls.send_close_notify();
                 self.notified = true;
@@ -178,6 +188,38 @@ impl Link {
                 Err(error) => return Err(error.to_string()),
             }
         }
+    }
+
+    /// Hands the TLS session as much of what is queued as it takes.
+    fn encrypt(&mut self) -> Result<(), String> {
+        while !self.outgoing.is_empty() {
+            let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+            let mut used = 0;
+            for (slot, piece) in slices.iter_mut().zip(&self.outgoing) {
+                *slot = IoSlice::new(piece);
+                used += 1;
+            }
+            let mut taken = self
+                .tls
+                .writer()
+                .write_vectored(&slices[..used])
+                .map_err(|error| error.to_string())?;
+            if taken == 0 {
+                return Ok(());
+            }
+            self.outgoing_bytes -= taken;
+            while let Some(piece) = self.outgoing.front_mut()
+                && taken > 0
+            {
+                let step = taken.min(piece.len());
+                piece.advance(step);
+                taken -= step;
+                if piece.is_empty() {
+                    self.outgoing.pop_front();
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Sends what is queued, until `deadline` at most, and then ends; nothing is received any more.

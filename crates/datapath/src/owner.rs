@@ -7,7 +7,7 @@ mod clients;
 mod links;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     io, mem,
     sync::{
         Arc,
@@ -72,6 +72,8 @@ pub(crate) struct Owner {
     commands: Receiver<Command>,
     events: Option<Events>,
     effects: Vec<Effect>,
+    /// Its room is used again for the next effects.
+    carried_out: Vec<Effect>,
     completed: Vec<(OpId, Result<DiskReply, DiskError>)>,
     requests: Requests<Origin>,
     volume: Option<Arc<Volume>>,
@@ -129,6 +131,7 @@ impl Owner {
             commands,
             events: Some(events),
             effects: Vec::new(),
+            carried_out: Vec::new(),
             completed: Vec::new(),
             requests: Requests::default(),
             volume: None,
@@ -186,7 +189,7 @@ impl Owner {
             write: false,
         };
         self.poller.add(&shared.wake, Token::Command, read)?;
-        self.poller.add(self.disk.wake_fd(), Token::Disk, read)?;
+        self.poller.add_edge(self.disk.wake_fd(), Token::Disk)?;
         self.tell(Input::Attach);
         let mut ready = Vec::new();
         loop {
@@ -294,8 +297,12 @@ impl Owner {
     /// Carries out effects until there are none. Returns whether the disk had more to say when
     /// its rounds were over.
     fn carry_out(&mut self) -> bool {
-        for _ in 0..DISK_ROUNDS {
+        for round in 0..DISK_ROUNDS {
             self.carry_out_effects();
+            if round == 0 {
+                // Before the disk gets its share: the peers' way is longer.
+                self.send_links(clock::now());
+            }
             self.disk.flush_submissions();
             let mut completed = mem::take(&mut self.completed);
             self.disk.poll_completions(&mut completed);
@@ -321,12 +328,16 @@ impl Owner {
             if self.effects.is_empty() {
                 break;
             }
-            for effect in mem::take(&mut self.effects) {
+            let room = mem::take(&mut self.carried_out);
+            let mut effects = mem::replace(&mut self.effects, room);
+            for effect in effects.drain(..) {
                 self.carry_out_one(effect);
             }
+            self.carried_out = effects;
         }
-        let finished = mem::take(&mut self.requests.finished);
-        self.answer(finished);
+        while let Some((origin, result)) = self.requests.finished.pop_front() {
+            self.answer(origin, result);
+        }
     }
 
     fn carry_out_one(&mut self, effect: Effect) {
@@ -372,15 +383,13 @@ impl Owner {
         }
     }
 
-    fn answer(&mut self, finished: VecDeque<(Origin, Result<Bytes, relevo_export::Errno>)>) {
-        for (origin, result) in finished {
-            match origin {
-                Origin::Caller(done) => done(result),
-                Origin::Session(number, tag) => {
-                    if let Some(client) = self.clients.get_mut(&number) {
-                        client.session.reply(tag, result);
-                        self.touched.push(number);
-                    }
+    fn answer(&mut self, origin: Origin, result: Result<Bytes, relevo_export::Errno>) {
+        match origin {
+            Origin::Caller(done) => done(result),
+            Origin::Session(number, tag) => {
+                if let Some(client) = self.clients.get_mut(&number) {
+                    client.session.reply(tag, result);
+                    self.touched.push(number);
                 }
             }
         }

@@ -56,6 +56,12 @@ impl Poller {
         Ok(epoll::add(&self.epoll, fd, token.data(), interest.flags())?)
     }
 
+    /// Watches a counter that is never read: each time that it is counted up is reported once.
+    pub(crate) fn add_edge(&self, fd: impl AsFd, token: Token) -> io::Result<()> {
+        let flags = EventFlags::IN | EventFlags::ET;
+        Ok(epoll::add(&self.epoll, fd, token.data(), flags)?)
+    }
+
     /// Changes what is waited for. With nothing to wait for the descriptor is not watched at all:
     /// epoll would go on reporting a hang-up.
     pub(crate) fn change(

@@ -16,7 +16,7 @@ pub const DRIVER_VARIABLE: &str = "RELEVO_DISK_DRIVER";
 /// Carries out operations on one backing. Owned by the volume's thread.
 ///
 /// Operations under way are unordered among each other. After [`Self::flush_submissions`] call
-/// [`Self::poll_completions`] once, and then whenever [`Self::wake_fd`] is readable: what is refused
+/// [`Self::poll_completions`] once, and then whenever [`Self::wake_fd`] was counted up: what is refused
 /// without asking the disk completes without a wake-up. Dropping a driver waits for what is under
 /// way; what has not been started is not carried out.
 pub trait DiskDriver: fmt::Debug {
@@ -30,7 +30,8 @@ pub trait DiskDriver: fmt::Debug {
     /// Appends what completed since the last call; each operation completes exactly once.
     fn poll_completions(&mut self, completed: &mut Vec<(OpId, Result<DiskReply, DiskError>)>);
 
-    /// Readable (level-triggered) while there are completions to take.
+    /// A counter (`eventfd`) that goes up when there are completions to take. Nobody reads it, which
+    /// saves a system call per turn: watch it edge-triggered.
     fn wake_fd(&self) -> BorrowedFd<'_>;
 }
 

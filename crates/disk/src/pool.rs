@@ -112,11 +112,6 @@ impl DiskDriver for PoolDisk {
     }
 
     fn poll_completions(&mut self, completed: &mut Vec<(OpId, Result<DiskReply, DiskError>)>) {
-        // The counter first: a completion after this makes it readable again.
-        let mut counter = [0; 8];
-        match rustix::io::read(&self.shared.event, &mut counter) {
-            Ok(_) | Err(_) => {} // Nothing to read means nothing new; the list tells.
-        }
         completed.append(&mut lock(&self.shared.finished));
     }
 

@@ -219,11 +219,6 @@ impl DiskDriver for UringDisk {
     }
 
     fn poll_completions(&mut self, completed: &mut Vec<(OpId, Result<DiskReply, DiskError>)>) {
-        // The counter first: a completion after this makes it readable again.
-        let mut counter = [0; 8];
-        match rustix::io::read(&self.event, &mut counter) {
-            Ok(_) | Err(_) => {} // Nothing to read means nothing new; the ring tells.
-        }
         let (overflow, taskrun) = {
             let queue = self.ring.submission();
             (queue.cq_overflow(), queue.taskrun())

@@ -48,6 +48,10 @@ impl Disk {
         self.driver.flush_submissions();
         let mut completed = Vec::new();
         loop {
+            // The counter first: a completion after this makes it readable again.
+            match rustix::io::read(self.driver.wake_fd(), &mut [0; 8]) {
+                Ok(_) | Err(_) => {}
+            }
             self.driver.poll_completions(&mut completed);
             for (op, outcome) in completed.drain(..) {
                 self.order.push(op);

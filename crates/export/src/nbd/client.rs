@@ -5,11 +5,16 @@ use std::{
     fmt,
     io::{self, BufReader, Read, Write},
     net::{Shutdown, TcpStream, ToSocketAddrs as _},
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
     path::PathBuf,
     str::FromStr,
     time::Duration,
 };
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::proto::{
     IHAVEOPT, MAX_REQUEST, MAX_STRING, NBDMAGIC, OPTION_REPLY_MAGIC, REQUEST_LEN, Reader,
@@ -19,6 +24,10 @@ use crate::block::Errno;
 
 /// Payloads up to this size are sent in one piece with their header.
 const JOIN_MAX: usize = 64 << 10;
+
+/// Requests taken are sent at this many bytes: a burst of small ones is one call, and the server works
+/// on the first while the rest comes.
+const SEND_MAX: usize = 64 << 10;
 
 /// Replies to one option that are read before the server is taken for a broken one.
 const MAX_OPTION_REPLIES: usize = 64;
@@ -295,7 +304,10 @@ pub struct Pipeline {
     /// Reads under way and their lengths: their replies carry data.
     reads: std::collections::HashMap<u64, u32>,
     under_way: usize,
+    /// Requests that were not sent yet.
     scratch: Vec<u8>,
+    /// For each wait.
+    timeout: Option<Duration>,
 }
 
 impl Pipeline {
@@ -322,6 +334,7 @@ impl Pipeline {
             reads: std::collections::HashMap::new(),
             under_way: 0,
             scratch: Vec::new(),
+            timeout,
         })
     }
 
@@ -337,7 +350,8 @@ impl Pipeline {
         self.under_way
     }
 
-    /// Sends a request; returns its cookie.
+    /// Takes a request; returns its cookie. It is sent with others in one call, at the latest when an
+    /// answer is waited for.
     ///
     /// # Errors
     /// The connection's, or `EINVAL` for more than [`MAX_REQUEST`] bytes.
@@ -373,15 +387,47 @@ impl Pipeline {
     }
 
     fn send(&mut self, header: &[u8; REQUEST_LEN], data: &[u8]) -> io::Result<()> {
-        let stream = self.stream.get_mut();
-        if data.len() > JOIN_MAX {
-            stream.write_all(header)?;
-            return stream.write_all(data);
-        }
-        self.scratch.clear();
         self.scratch.extend_from_slice(header);
-        self.scratch.extend_from_slice(data);
-        stream.write_all(&self.scratch)
+        if data.len() <= JOIN_MAX {
+            self.scratch.extend_from_slice(data);
+        }
+        if data.len() > JOIN_MAX || self.scratch.len() > SEND_MAX {
+            self.send_scratch()?;
+        }
+        if data.len() > JOIN_MAX {
+            self.stream.get_mut().write_all(data)?;
+        }
+        Ok(())
+    }
+
+    fn send_scratch(&mut self) -> io::Result<()> {
+        if !self.scratch.is_empty() {
+            self.stream.get_mut().write_all(&self.scratch)?;
+            self.scratch.clear();
+        }
+        Ok(())
+    }
+
+    /// Sends what was taken, and waits for an answer. By `poll`: a read that blocks is also woken each
+    /// time that the server takes something off a Unix socket.
+    fn wait(&mut self) -> io::Result<()> {
+        self.send_scratch()?;
+        if !self.stream.buffer().is_empty() {
+            return Ok(());
+        }
+        let timeout = self.timeout.map(|timeout| Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        });
+        loop {
+            let mut fds = [PollFd::new(self.stream.get_ref(), PollFlags::IN)];
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Waits for the next answer; the bytes of a read are dropped.
@@ -416,6 +462,7 @@ impl Pipeline {
         &mut self,
         take_data: impl FnOnce(&mut BufReader<Stream>, u32) -> Result<(), ClientError>,
     ) -> Result<Completed, ClientError> {
+        self.wait()?;
         let mut head = [0; 16];
         self.stream.read_exact(&mut head)?;
         let mut reader = Reader(&head);
@@ -455,6 +502,7 @@ impl Pipeline {
             len: 0,
         };
         self.send(&header.encode(), &[])?;
+        self.send_scratch()?;
         Ok(())
     }
 }
@@ -605,6 +653,15 @@ fn connect_tcp(address: &str, timeout: Option<Duration>) -> io::Result<TcpStream
         }
     }
     Err(last)
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+        }
+    }
 }
 
 impl Read for Stream {

@@ -26,22 +26,19 @@
 use std::{collections::BTreeMap, fmt, io::IoSlice, sync::Arc};
 
 use bytes::Bytes;
+use relevo_wire::PayloadArena;
 
 use super::{
     negotiate::Negotiation,
     output::Output,
     proto::MAX_REQUEST,
-    transmit::{Incoming, Pending, Replies},
+    transmit::{DIRECT_MIN, Incoming, Pending, Replies},
 };
 use crate::block::{BlockRequest, Errno, Extent};
 
 /// Received and not yet understood, in bytes. Holds the largest option
 /// ([`super::negotiate::MAX_OPTION`]) and some dozen 4 KiB writes: one system call for all of them.
 const STAGING: usize = 128 << 10;
-
-/// Payloads of which this much or more is missing are received in place; less goes through the
-/// staging buffer, which may catch following requests in the same call.
-const DIRECT_MIN: usize = 64 << 10;
 
 /// Received in place at once: what is handed out is zeroed first, so a piece should stay in the
 /// processor's cache.
@@ -128,6 +125,7 @@ pub enum CloseReason {
 #[derive(Debug)]
 pub struct Session {
     staging: Staging,
+    arena: PayloadArena,
     output: Output,
     state: State,
     closing: Option<CloseReason>,
@@ -151,6 +149,7 @@ impl Session {
         Negotiation::greet(&mut output);
         Self {
             staging: Staging::new(),
+            arena: PayloadArena::default(),
             output,
             state: State::Negotiating(Negotiation::new(exports)),
             closing: None,
@@ -262,7 +261,7 @@ impl Session {
                 }
                 State::Serving { .. } if full => return None,
                 State::Serving { export, incoming } => {
-                    incoming.step(&mut self.staging, export, &self.replies)
+                    incoming.step(&mut self.staging, &mut self.arena, export, &self.replies)
                 }
             };
             match step {

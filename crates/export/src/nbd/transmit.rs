@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use relevo_types::ByteRange;
+use relevo_wire::PayloadArena;
 
 use super::{
     output::Output,
@@ -18,6 +19,11 @@ use crate::{
 
 /// Extents in one answer at most; a client asks on from where they end.
 const MAX_EXTENTS: usize = 1024;
+
+/// Payloads of which this much or more is missing are received in place, each in memory of its own;
+/// less goes through the staging buffer, which may catch following requests in the same call, and
+/// shares blocks of memory.
+pub(super) const DIRECT_MIN: usize = 64 << 10;
 
 /// What has to be remembered of a request to answer it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,7 +47,9 @@ pub(super) enum Incoming {
     /// A header is next.
     #[default]
     Header,
-    /// The payload of an accepted write.
+    /// The payload of an accepted write of less than [`DIRECT_MIN`], in the session's arena.
+    Small { header: RequestHeader },
+    /// The payload of another accepted write.
     Payload {
         header: RequestHeader,
         payload: AlignedBuf,
@@ -64,7 +72,7 @@ impl Incoming {
     pub(super) const fn missing_payload(&self) -> usize {
         match self {
             Self::Payload { payload, .. } => payload.remaining(),
-            Self::Header | Self::Skip { .. } => 0,
+            Self::Header | Self::Small { .. } | Self::Skip { .. } => 0,
         }
     }
 
@@ -72,7 +80,7 @@ impl Incoming {
     pub(super) fn payload_spare(&mut self, max: usize) -> &mut [u8] {
         match self {
             Self::Payload { payload, .. } => payload.spare(max),
-            Self::Header | Self::Skip { .. } => &mut [],
+            Self::Header | Self::Small { .. } | Self::Skip { .. } => &mut [],
         }
     }
 
@@ -87,6 +95,7 @@ impl Incoming {
     pub(super) fn step(
         &mut self,
         staging: &mut Staging,
+        arena: &mut PayloadArena,
         export: &Export,
         replies: &Replies,
     ) -> Step {
@@ -100,7 +109,17 @@ impl Incoming {
                         "a request doesn't start with its magic number",
                     ));
                 };
-                self.begin(header, export, replies)
+                self.begin(header, arena, export, replies)
+            }
+            Self::Small { header } => {
+                let taken = arena.fill(staging.bytes());
+                staging.consume(taken);
+                if arena.missing() > 0 {
+                    return Step::Wait;
+                }
+                let header = *header;
+                *self = Self::Header;
+                write_request(header, arena.take())
             }
             Self::Payload { header, payload } => {
                 let taken = payload.fill(staging.bytes());
@@ -112,12 +131,7 @@ impl Incoming {
                 let Self::Payload { payload, .. } = std::mem::take(self) else {
                     return Step::Again;
                 };
-                let request = BlockRequest::Write {
-                    range: range_of(&header),
-                    data: payload.freeze(),
-                    fua: header.flags & cmd_flag::FUA != 0,
-                };
-                Step::Request(Pending { header }, request)
+                write_request(header, payload.freeze())
             }
             Self::Skip {
                 header,
@@ -137,7 +151,13 @@ impl Incoming {
         }
     }
 
-    fn begin(&mut self, header: RequestHeader, export: &Export, replies: &Replies) -> Step {
+    fn begin(
+        &mut self,
+        header: RequestHeader,
+        arena: &mut PayloadArena,
+        export: &Export,
+        replies: &Replies,
+    ) -> Step {
         if header.command == cmd::DISC {
             return Step::Close(CloseReason::Disconnected);
         }
@@ -145,6 +165,10 @@ impl Incoming {
         let pending = Pending { header };
         if header.command == cmd::WRITE {
             *self = match checked {
+                Ok(()) if (header.len as usize) < DIRECT_MIN => {
+                    arena.begin(header.len as usize);
+                    Self::Small { header }
+                }
                 Ok(()) => Self::Payload {
                     header,
                     payload: AlignedBuf::with_capacity(header.len as usize),
@@ -167,6 +191,15 @@ impl Incoming {
             Ok(Some(request)) => Step::Request(pending, request),
         }
     }
+}
+
+fn write_request(header: RequestHeader, data: Bytes) -> Step {
+    let request = BlockRequest::Write {
+        range: range_of(&header),
+        data,
+        fua: header.flags & cmd_flag::FUA != 0,
+    };
+    Step::Request(Pending { header }, request)
 }
 
 /// The block in bytes that writes must be aligned to.

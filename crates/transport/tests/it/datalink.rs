@@ -37,10 +37,14 @@ fn receive(link: &mut EstablishedLink) -> Message {
     link.stream.set_nonblocking(false).unwrap();
     let mut decoder = Decoder::new();
     loop {
-        match decoder.feed_from(&mut link.tls.reader(), 4096) {
-            Ok(_) => {
-                if let Some(message) = decoder.next().unwrap() {
-                    return message;
+        let mut bytes = [0; 4096];
+        match link.tls.reader().read(&mut bytes) {
+            Ok(count) => {
+                let mut input = &bytes[..count];
+                while !input.is_empty() {
+                    if let Some(message) = decoder.take(&mut input).unwrap() {
+                        return message;
+                    }
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

@@ -30,7 +30,7 @@ use bytes::{Bytes, BytesMut};
 
 pub use hello::{HelloError, LINK_HELLO_BYTES, LinkHello, ProtocolVersion};
 
-use crate::Message;
+use crate::{Message, PayloadArena};
 
 /// The newest protocol version that this build speaks.
 pub const PROTOCOL_MAX: ProtocolVersion = ProtocolVersion(1);
@@ -135,8 +135,31 @@ impl Encoded {
 /// a mistake of the caller, never of the peer.
 pub fn encode(message: &Message) -> Result<Encoded, FrameError> {
     let mut head = BytesMut::with_capacity(HEADER_BYTES + 64);
-    head.resize(HEADER_BYTES, 0);
-    let (kind, data) = codec::write_fields(message, &mut head)?;
+    let data = encode_into(message, &mut head)?;
+    Ok(Encoded {
+        head: head.freeze(),
+        data,
+    })
+}
+
+/// Appends header and fields of a message to `out` and gives the data that follows them; on an error
+/// `out` is what it was.
+///
+/// # Errors
+/// As of [`encode`].
+pub fn encode_into(message: &Message, out: &mut BytesMut) -> Result<Option<Bytes>, FrameError> {
+    let before = out.len();
+    encode_at(before, message, out).inspect_err(|_| out.truncate(before))
+}
+
+fn encode_at(
+    start: usize,
+    message: &Message,
+    out: &mut BytesMut,
+) -> Result<Option<Bytes>, FrameError> {
+    out.resize(start + HEADER_BYTES, 0);
+    let (kind, data) = codec::write_fields(message, out)?;
+    let head = &mut out[start..];
     let field_len = head.len() - HEADER_BYTES;
     let data_len = data.as_ref().map_or(0, Bytes::len);
     let header = Header {
@@ -147,10 +170,7 @@ pub fn encode(message: &Message) -> Result<Encoded, FrameError> {
         data_crc: data.as_ref().map_or(0, |data| crc32c::crc32c(data)),
     };
     head[..HEADER_BYTES].copy_from_slice(&header.to_bytes());
-    Ok(Encoded {
-        head: head.freeze(),
-        data: data.filter(|data| !data.is_empty()),
-    })
+    Ok(data.filter(|data| !data.is_empty()))
 }
 
 /// Whether a frame's type number stands for a message: what tests of every kind are measured by.
@@ -162,10 +182,16 @@ pub fn is_known(kind: u8) -> bool {
 
 /// Turns the bytes of a link into messages. After an error it yields only that error: nothing
 /// behind a damaged frame can be trusted.
+///
+/// Bytes are taken as far as they make one message, so nothing is buffered behind it; the data of a write
+/// goes to its aligned place at once, and stays there on its way to the disk.
 #[derive(Debug, Default)]
 pub struct Decoder {
-    buffer: BytesMut,
+    /// Header and fields of the frame under way.
+    head: Vec<u8>,
     header: Option<Header>,
+    /// The data of the frame under way.
+    data: PayloadArena,
     failed: Option<FrameError>,
 }
 
@@ -176,83 +202,53 @@ impl Decoder {
         Self::default()
     }
 
-    /// Takes bytes that arrived, copying them.
-    pub fn feed(&mut self, bytes: &[u8]) {
-        if self.failed.is_none() {
-            self.buffer.extend_from_slice(bytes);
-        }
-    }
-
-    /// Reads up to `most` bytes from `reader` straight into the buffer, without another copy.
-    /// Returns how many came; 0 is the reader's end.
-    ///
-    /// # Errors
-    /// What the reader answers, `WouldBlock` too; nothing is lost by it.
-    pub fn feed_from(
-        &mut self,
-        reader: &mut impl std::io::Read,
-        most: usize,
-    ) -> std::io::Result<usize> {
-        let before = self.buffer.len();
-        self.buffer.resize(before + most, 0);
-        let read = reader.read(&mut self.buffer[before..]);
-        self.buffer.truncate(before + *read.as_ref().unwrap_or(&0));
-        read
-    }
-
-    /// How many more bytes complete the frame under way; a good size for the next read.
-    #[must_use]
-    pub fn missing(&self) -> usize {
-        let whole = self.header.as_ref().map_or(HEADER_BYTES, Header::frame_len);
-        whole.saturating_sub(self.buffer.len())
-    }
-
-    /// How many bytes wait for the rest of their frame.
-    #[must_use]
-    pub fn buffered(&self) -> usize {
-        self.buffer.len()
-    }
-
-    /// The next whole message, `None` until more bytes arrive. The data of a write is a slice of
-    /// the receive buffer.
+    /// Takes bytes that arrived off the front of `input`: all of them, or up to the end of a message,
+    /// which it returns. Call until it is empty.
     ///
     /// # Errors
     /// The bytes are no frame; close the link.
-    #[allow(
-        clippy::should_implement_trait,
-        reason = "it yields None now and Some later"
-    )]
-    pub fn next(&mut self) -> Result<Option<Message>, FrameError> {
+    pub fn take(&mut self, input: &mut &[u8]) -> Result<Option<Message>, FrameError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        self.try_next().inspect_err(|error| {
+        self.try_take(input).inspect_err(|error| {
             self.failed = Some(error.clone());
-            self.buffer = BytesMut::new();
         })
     }
 
-    fn try_next(&mut self) -> Result<Option<Message>, FrameError> {
+    /// How many more bytes complete the frame under way, as far as is known.
+    #[must_use]
+    pub fn missing(&self) -> usize {
+        let head_len = self.header.as_ref().map_or(HEADER_BYTES, Header::head_len);
+        head_len - self.head.len() + self.data.missing()
+    }
+
+    fn try_take(&mut self, input: &mut &[u8]) -> Result<Option<Message>, FrameError> {
         let header = match self.header {
             Some(header) => header,
             None => {
-                let Some(bytes) = self.buffer.first_chunk::<HEADER_BYTES>() else {
+                take_up_to(&mut self.head, HEADER_BYTES, input);
+                let Some(bytes) = self.head.first_chunk::<HEADER_BYTES>() else {
                     return Ok(None);
                 };
-                *self.header.insert(Header::parse(bytes)?)
+                let header = Header::parse(bytes)?;
+                self.data.begin(header.data_len as usize);
+                *self.header.insert(header)
             }
         };
-        let missing = header.frame_len().saturating_sub(self.buffer.len());
-        if missing > 0 {
-            // One allocation for the whole frame keeps its data contiguous.
-            self.buffer.reserve(missing);
+        take_up_to(&mut self.head, header.head_len(), input);
+        if self.head.len() < header.head_len() {
             return Ok(None);
         }
-        let mut frame = self.buffer.split_to(header.frame_len()).freeze();
+        let taken = self.data.fill(input);
+        *input = &input[taken..];
+        if self.data.missing() > 0 {
+            return Ok(None);
+        }
         self.header = None;
-        let data = frame.split_off(HEADER_BYTES + header.field_len as usize);
-        let fields = frame.slice(HEADER_BYTES..);
-        if crc32c::crc32c(&fields) != header.field_crc {
+        let data = self.data.take();
+        let fields = &self.head[HEADER_BYTES..];
+        if crc32c::crc32c(fields) != header.field_crc {
             return Err(FrameError::Checksum { part: "fields" });
         }
         let data_crc = if data.is_empty() {
@@ -263,8 +259,17 @@ impl Decoder {
         if data_crc != header.data_crc {
             return Err(FrameError::Checksum { part: "data" });
         }
-        codec::read_fields(header.kind, &fields, data).map(Some)
+        let message = codec::read_fields(header.kind, fields, data)?;
+        self.head.clear();
+        Ok(Some(message))
     }
+}
+
+/// Moves bytes from the front of `input` until `buffer` has `len`.
+fn take_up_to(buffer: &mut Vec<u8>, len: usize, input: &mut &[u8]) {
+    let count = input.len().min(len.saturating_sub(buffer.len()));
+    buffer.extend_from_slice(&input[..count]);
+    *input = &input[count..];
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -317,8 +322,8 @@ impl Header {
         Ok(header)
     }
 
-    fn frame_len(&self) -> usize {
-        HEADER_BYTES + self.field_len as usize + self.data_len as usize
+    fn head_len(&self) -> usize {
+        HEADER_BYTES + self.field_len as usize
     }
 }
 

@@ -104,8 +104,10 @@ fn the_longest_frame_passes() {
         last: true,
     };
     let mut decoder = Decoder::new();
-    decoder.feed(&bytes_of(&message));
-    assert_eq!(decoder.next(), Ok(Some(message)));
+    assert_eq!(
+        decoder.take(&mut &bytes_of(&message)[..]),
+        Ok(Some(message))
+    );
 }
 
 #[test]
@@ -118,13 +120,12 @@ fn a_length_beyond_the_bound_is_refused_before_it_is_awaited() {
         data_crc: 0,
     };
     let mut decoder = Decoder::new();
-    decoder.feed(&header.to_bytes());
     assert!(matches!(
-        decoder.next(),
+        decoder.take(&mut &header.to_bytes()[..]),
         Err(FrameError::TooLong { part: "data", .. })
     ));
-    decoder.feed(&bytes_of(&Message::Ping));
-    assert!(decoder.next().is_err(), "an error is final");
+    let ping = bytes_of(&Message::Ping);
+    assert!(decoder.take(&mut &ping[..]).is_err(), "an error is final");
 }
 
 #[test]
@@ -314,11 +315,10 @@ fn decode_all(bytes: &[u8], piece: usize) -> (Vec<Message>, Option<FrameError>) 
     let mut decoder = Decoder::new();
     let mut messages = Vec::new();
     for chunk in bytes.chunks(piece.max(1)) {
-        decoder.feed(chunk);
-        loop {
-            match decoder.next() {
-                Ok(Some(message)) => messages.push(message),
-                Ok(None) => break,
+        let mut input = chunk;
+        while !input.is_empty() {
+            match decoder.take(&mut input) {
+                Ok(message) => messages.extend(message),
                 Err(error) => return (messages, Some(error)),
             }
         }
@@ -352,11 +352,11 @@ proptest! {
         let cut = cut.index(bytes.len());
         prop_assert_eq!(decode_all(&bytes[..cut], 64), (Vec::new(), None));
         let mut decoder = Decoder::new();
-        decoder.feed(&bytes[..cut]);
-        prop_assert_eq!(decoder.next(), Ok(None));
-        prop_assert!(decoder.missing() > 0);
-        decoder.feed_from(&mut &bytes[cut..], usize::from(u16::MAX)).unwrap();
-        prop_assert_eq!(decoder.next(), Ok(Some(message)));
+        let (mut input, mut rest) = bytes.split_at(cut);
+        prop_assert_eq!(decoder.take(&mut input), Ok(None));
+        prop_assert!(input.is_empty() && decoder.missing() > 0);
+        prop_assert_eq!(decoder.take(&mut rest), Ok(Some(message)));
+        prop_assert!(rest.is_empty());
     }
 
     #[test]

@@ -26,31 +26,20 @@ fn receive(random: &mut Random, bytes: &[u8]) -> (Vec<Message>, bool) {
     while !rest.is_empty() {
         let (piece, behind) = rest.split_at(1 + random.below(rest.len()));
         rest = behind;
-        if random.one_in(2) {
-            decoder.feed(piece);
-        } else {
-            let mut reader = piece;
-            while decoder
-                .feed_from(&mut reader, 1 + random.below(5000))
-                .unwrap()
-                > 0
-            {}
-        }
-        loop {
-            match decoder.next() {
+        let mut input = piece;
+        while !input.is_empty() {
+            match decoder.take(&mut input) {
                 Ok(Some(message)) => messages.push(message),
-                Ok(None) => break,
+                Ok(None) => assert!(input.is_empty(), "a part of a message takes all there is"),
                 Err(_) => {
-                    // It stays that way, and nothing is kept.
-                    decoder.feed(&bytes_of(&Message::Ping));
-                    assert!(decoder.next().is_err());
-                    assert_eq!(decoder.buffered(), 0);
+                    // It stays that way.
+                    assert!(decoder.take(&mut &bytes_of(&Message::Ping)[..]).is_err());
                     return (messages, true);
                 }
             }
         }
         // What it waits for is one frame at most.
-        assert!(decoder.buffered() + decoder.missing() <= MAX_FRAME_BYTES);
+        assert!(decoder.missing() <= MAX_FRAME_BYTES);
     }
     (messages, false)
 }

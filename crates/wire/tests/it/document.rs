@@ -123,9 +123,9 @@ fn split<'a>(rows: &[Row], bytes: &'a [u8]) -> Vec<(String, &'a [u8])> {
 /// What a frame means, and how many bytes of it are fields.
 fn decode(frame: &[u8]) -> Result<Option<Message>, FrameError> {
     let mut decoder = Decoder::new();
-    decoder.feed(frame);
-    let message = decoder.next();
-    assert!(message.is_err() || decoder.buffered() == 0 || message == Ok(None));
+    let mut rest = frame;
+    let message = decoder.take(&mut rest);
+    assert!(message.is_err() || rest.is_empty());
     message
 }
 
