@@ -534,7 +534,7 @@ mod tests {
         let status = handle.status();
         assert!(matches!(
             status.driver.kind,
-            DriverKind::Uring | DriverKind::Pool
+            DriverKind::Uring | DriverKind::Pool | DriverKind::Memory
         ));
         handle.listen_nbd(NbdAddress::Unix(socket.clone())).unwrap();
         assert!(socket.exists());

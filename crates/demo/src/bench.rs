@@ -1,10 +1,17 @@
 //! `relevo bench`: what replication costs, on one machine, in one run.
 //!
-//! Two data nodes and a witness on loopback; a volume with one replica and a volume with two, both
-//! reached by NBD on the same node, measured in turns of a slice each. Machines do other things
-//! too, so only the ratio means much.
+//! Three nodes on loopback; a volume with one replica and a volume with two or three, both reached by
+//! NBD on the same node, measured in turns of a slice each. Machines do other things too, so only the
+//! ratio means much. Beside it a bare round trip on loopback: what a second replica can't do without.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    path::PathBuf,
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -14,7 +21,8 @@ use relevo_export::{
     nbd::client::NbdAddr,
 };
 use relevo_server::api::{CreateVolumeRequest, ReplicaRequest};
-use relevo_types::cluster::Protocol;
+use relevo_types::cluster::{NodeKind, Protocol};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::{
@@ -33,6 +41,12 @@ const REQUEST_BOUND: Duration = Duration::from_secs(10);
 /// How long each volume is measured before it is the other's turn.
 const SLICE: Duration = Duration::from_millis(500);
 
+/// Round trips measured, after a tenth as many that don't count.
+const ROUND_TRIPS: usize = 5000;
+
+/// Bytes there and back: a write of 4 KiB with its frame, and its acknowledgement.
+const ROUND_TRIP_BYTES: (usize, usize) = (4096 + 67, 40);
+
 const PATTERNS: [Pattern; 3] = [
     Pattern::RandomWrite4K { depth: 1 },
     Pattern::RandomWrite4K { depth: 32 },
@@ -50,8 +64,12 @@ pub struct BenchArgs {
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = relevo_types::size::parse_size)]
     pub size: u64,
 
-    /// Directory for the volumes, on the disk that shall be measured; by default the temporary
-    /// directory (TMPDIR)
+    /// Replicas of the replicated volume
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=3))]
+    pub replicas: u8,
+
+    /// Directory for the volumes, on the disk that shall be measured (or /dev/shm: in memory); by
+    /// default the temporary directory (TMPDIR)
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
 }
@@ -74,22 +92,25 @@ struct Figures {
     mib_s: f64,
     p50_us: f64,
     p99_us: f64,
+    /// Processor time of the primary's daemon for one operation, in microseconds.
+    primary_cpu_us: f64,
 }
 
-impl From<Measured> for Figures {
-    fn from(measured: Measured) -> Self {
+impl Figures {
+    fn new(measured: Measured, cpu: Duration) -> Self {
         let Measured {
+            requests,
             iops,
             mib_s,
             p50_us,
             p99_us,
-            ..
         } = measured;
         Self {
             iops,
             mib_s,
             p50_us,
             p99_us,
+            primary_cpu_us: cpu.as_secs_f64() * 1e6 / requests.max(1) as f64,
         }
     }
 }
@@ -103,20 +124,32 @@ pub fn run(args: &BenchArgs, json: bool) -> anyhow::Result<ExitCode> {
     interrupt::install()?;
     let progress = Progress::new(json);
     let directory = args.directory.clone().unwrap_or_else(std::env::temp_dir);
-    let lab = Lab::build_in(&directory, surroundings, &progress)?;
-    let local = volume(&lab, "local", args.size, &["one"])?;
-    let replicated = volume(&lab, "replicated", args.size, &["one", "two"])?;
+    let third = match args.replicas {
+        3 => NodeKind::Data,
+        _ => NodeKind::Witness,
+    };
+    let lab = Lab::build_in(&directory, surroundings, third, &progress)?;
+    let nodes = &["one", "two", "three"][..usize::from(args.replicas).clamp(2, 3)];
+    let local = volume(&lab, "local", args.size, &nodes[..1])?;
+    let replicated = volume(&lab, "replicated", args.size, nodes)?;
+    let round_trip_us = round_trip_us()?;
     let mut rows = Vec::new();
     for pattern in PATTERNS {
         progress.step(pattern.title());
-        rows.push(measure(pattern, args.seconds, &local, &replicated)?);
+        rows.push(measure(&lab, pattern, args.seconds, &local, &replicated)?);
     }
     progress.finish();
     if json {
-        let object = serde_json::json!({ "protocol": "C", "replicas": 2, "patterns": rows });
+        let object = serde_json::json!({
+            "protocol": "C",
+            "replicas": args.replicas,
+            "round_trip_us": round_trip_us,
+            "patterns": rows,
+        });
         println!("{}", serde_json::to_string_pretty(&object)?);
     } else {
-        println!("{}", table(&rows));
+        println!("{}", table(args.replicas, &rows));
+        println!("a round trip on loopback alone: {round_trip_us:.0} µs (median)");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -152,6 +185,7 @@ fn volume(lab: &Lab, name: &str, size: u64, nodes: &[&str]) -> anyhow::Result<Nb
 }
 
 fn measure(
+    lab: &Lab,
     pattern: Pattern,
     seconds: u64,
     local: &NbdAddr,
@@ -168,22 +202,67 @@ fn measure(
     two.run(SLICE)?;
     one.forget();
     two.forget();
+    let mut cpu = [Duration::ZERO; 2];
     for _ in 0..rounds {
         interrupt::check()?;
-        one.run(SLICE)?;
-        two.run(SLICE)?;
+        for (bench, cpu) in [&mut one, &mut two].into_iter().zip(&mut cpu) {
+            let before = lab.processor_time("one")?;
+            bench.run(SLICE)?;
+            *cpu += lab.processor_time("one")?.saturating_sub(before);
+        }
     }
     let (local, replicated) = (one.finish()?, two.finish()?);
     Ok(Row {
         pattern: pattern.title(),
         iops_ratio: replicated.iops / local.iops,
         p50_added_us: replicated.p50_us - local.p50_us,
-        local: local.into(),
-        replicated: replicated.into(),
+        local: Figures::new(local, cpu[0]),
+        replicated: Figures::new(replicated, cpu[1]),
     })
 }
 
-fn table(rows: &[Row]) -> String {
+/// The median time from sending a write's bytes to another thread over TCP on loopback until its answer
+/// is here.
+fn round_trip_us() -> anyhow::Result<f64> {
+    let (there, back) = ROUND_TRIP_BYTES;
+    let total = ROUND_TRIPS + ROUND_TRIPS / 10;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let echo = thread::spawn(move || -> std::io::Result<()> {
+        let (mut stream, _) = listener.accept()?;
+        relevo_transport::net::tune(&stream)?;
+        let mut received = vec![0; there];
+        for _ in 0..total {
+            stream.read_exact(&mut received)?;
+            stream.write_all(&received[..back])?;
+        }
+        Ok(())
+    });
+    let mut stream = TcpStream::connect(address)?;
+    relevo_transport::net::tune(&stream)?;
+    stream.set_read_timeout(Some(REQUEST_BOUND))?;
+    let (sent, mut answer) = (vec![7; there], vec![0; back]);
+    let mut times = Vec::with_capacity(total);
+    for _ in 0..total {
+        let begun = now();
+        stream.write_all(&sent)?;
+        stream.read_exact(&mut answer)?;
+        times.push(now().saturating_sub(begun));
+    }
+    if let Ok(ended) = echo.join() {
+        ended?;
+    }
+    let times = &mut times[ROUND_TRIPS / 10..];
+    times.sort_unstable();
+    Ok(times[times.len() / 2].as_secs_f64() * 1e6)
+}
+
+fn now() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default()
+}
+
+fn table(replicas: u8, rows: &[Row]) -> String {
+    let replicated = format!("{replicas} (C)");
     let mut table = Table::new();
     table.load_preset(presets::UTF8_FULL_CONDENSED);
     table.set_header([
@@ -193,12 +272,13 @@ fn table(rows: &[Row]) -> String {
         "MiB/s",
         "median µs",
         "99 % µs",
+        "primary's CPU µs",
         "of local",
     ]);
     for row in rows {
         for (name, figures, ratio) in [
             ("1", &row.local, None),
-            ("2 (C)", &row.replicated, Some(row.iops_ratio)),
+            (&replicated, &row.replicated, Some(row.iops_ratio)),
         ] {
             table.add_row([
                 row.pattern.clone(),
@@ -207,13 +287,14 @@ fn table(rows: &[Row]) -> String {
                 format!("{:.0}", figures.mib_s),
                 format!("{:.0}", figures.p50_us),
                 format!("{:.0}", figures.p99_us),
+                format!("{:.1}", figures.primary_cpu_us),
                 ratio
                     .map(|ratio| format!("{:.0} %", ratio * 100.0))
                     .unwrap_or_default(),
             ]);
         }
     }
-    for column in 2..=6 {
+    for column in 2..=7 {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }

@@ -135,16 +135,23 @@ impl Lab {
     /// # Errors
     /// What could not be built. What was built until then is gone.
     pub fn build(surroundings: Surroundings, progress: &Progress) -> anyhow::Result<Self> {
-        Self::build_in(&std::env::temp_dir(), surroundings, progress)
+        Self::build_in(
+            &std::env::temp_dir(),
+            surroundings,
+            NodeKind::Witness,
+            progress,
+        )
     }
 
-    /// The same with its files in a new directory below `parent`.
+    /// The same with its files in a new directory below `parent`, and a third machine of that kind:
+    /// `witness`, or the data node `three`.
     ///
     /// # Errors
     /// As of [`Self::build`].
     pub fn build_in(
         parent: &Path,
         surroundings: Surroundings,
+        third: NodeKind,
         progress: &Progress,
     ) -> anyhow::Result<Self> {
         let directory = parent.join(format!("relevo-demo-{}", random_word()));
@@ -162,16 +169,20 @@ impl Lab {
         };
         lab.note_what_is_left_out();
         progress.step("building machines and cables");
-        lab.build_machines()?;
+        lab.build_machines(third)?;
         progress.step("starting three daemons");
-        for name in ["one", "two", "witness"] {
-            lab.start_daemon(name)?;
+        for name in lab.voters() {
+            lab.start_daemon(&name)?;
         }
         progress.step("joining them to a cluster with one-time tokens");
         lab.join_all()?;
         progress.line(format!(
-            "cluster `demo` is up in {}: data nodes `one` and `two`, and `witness`",
-            surroundings.words()
+            "cluster `demo` is up in {}: {}",
+            surroundings.words(),
+            match third {
+                NodeKind::Data => "data nodes `one`, `two` and `three`",
+                NodeKind::Witness => "data nodes `one` and `two`, and `witness`",
+            }
         ));
         Ok(lab)
     }
@@ -215,11 +226,24 @@ impl Lab {
         }
     }
 
-    fn build_machines(&mut self) -> anyhow::Result<()> {
+    /// The machines with a daemon.
+    fn voters(&self) -> Vec<String> {
+        let voters = self
+            .machines
+            .iter()
+            .filter(|machine| machine.kind.is_some());
+        voters.map(|machine| machine.name.clone()).collect()
+    }
+
+    fn build_machines(&mut self, third: NodeKind) -> anyhow::Result<()> {
+        let (third_name, replicates) = match third {
+            NodeKind::Data => ("three", true),
+            NodeKind::Witness => ("witness", false),
+        };
         let plan: [(&str, Option<NodeKind>, u8, bool); 4] = [
             ("one", Some(NodeKind::Data), 1, true),
             ("two", Some(NodeKind::Data), 2, true),
-            ("witness", Some(NodeKind::Witness), 3, false),
+            (third_name, Some(third), 3, replicates),
             ("client", None, 9, false),
         ];
         if self.has_cables() {
@@ -434,6 +458,26 @@ impl Lab {
         self.machine(name).daemon.is_some()
     }
 
+    /// Processor time that a machine's daemon has taken so far, all its threads together.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn processor_time(&self, name: &str) -> anyhow::Result<Duration> {
+        let daemon = self.machine(name).daemon.as_ref();
+        let pid = daemon.context("its daemon does not run")?.id();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // Behind the name, which may hold anything: fields 14 and 15 of proc(5).
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let ticks: u64 = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .map(|ticks| ticks.parse::<u64>().context("read /proc/PID/stat"))
+            .sum::<anyhow::Result<u64>>()?;
+        let per_second = rustix::param::clock_ticks_per_second();
+        Ok(Duration::from_micros(ticks * 1_000_000 / per_second.max(1)))
+    }
+
     /// Cuts or mends a machine's cables: those of one path, or all.
     ///
     /// # Errors
@@ -454,8 +498,8 @@ impl Lab {
     /// What the cluster looks like to the first data node that answers and has a leader.
     #[must_use]
     pub fn cluster(&self) -> Option<ClusterStatus> {
-        ["one", "two", "witness"]
-            .into_iter()
+        self.voters()
+            .iter()
             .filter(|name| self.is_up(name))
             .filter_map(|name| self.api.cluster(&self.machine(name).state_dir))
             .filter(|cluster| cluster.quorum.alive >= cluster.quorum.needed)
@@ -512,10 +556,13 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        for name in ["client", "one", "two", "witness"] {
-            if self.machines.iter().any(|machine| machine.name == name)
-                && let Err(error) = self.kill_everything(name)
-            {
+        let names = self
+            .machines
+            .iter()
+            .rev()
+            .map(|machine| machine.name.clone());
+        for name in names.collect::<Vec<_>>() {
+            if let Err(error) = self.kill_everything(&name) {
                 eprintln!("clean up `{name}`: {error:#}");
             }
         }

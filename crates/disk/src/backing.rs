@@ -167,6 +167,14 @@ impl Backing {
         self.is_device
     }
 
+    /// A file on tmpfs: no disk is behind it, and nothing is waited for.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        /// `TMPFS_MAGIC` of Linux' `magic.h`.
+        const TMPFS: u64 = 0x0102_1994;
+        rustix::fs::fstatfs(&self.file).is_ok_and(|fs| u64::try_from(fs.f_type) == Ok(TMPFS))
+    }
+
     /// How I/O reaches the disk.
     #[must_use]
     pub const fn mode(&self) -> &IoMode {

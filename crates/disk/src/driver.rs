@@ -6,6 +6,7 @@ use relevo_replication::io::{DiskError, DiskOp, DiskReply, OpId};
 
 use crate::{
     backing::Backing,
+    memory::MemoryDisk,
     pool::PoolDisk,
     uring::{self, UringDisk},
 };
@@ -42,6 +43,8 @@ pub enum DriverKind {
     Uring,
     /// A few threads that make blocking calls.
     Pool,
+    /// Calls on the volume's own thread: for a backing in memory.
+    Memory,
 }
 
 impl fmt::Display for DriverKind {
@@ -49,6 +52,7 @@ impl fmt::Display for DriverKind {
         f.write_str(match self {
             Self::Uring => "io_uring",
             Self::Pool => "thread pool",
+            Self::Memory => "at once",
         })
     }
 }
@@ -99,7 +103,8 @@ fn choose(forced: Option<&str>, usable: impl Fn() -> Result<(), String>) -> Driv
     }
 }
 
-/// Opens the chosen driver. When io_uring was chosen by the probe but can't be set up now (limits
+/// Opens the chosen driver; for a backing in memory, unless one was forced, the one for that. When
+/// io_uring was chosen by the probe but can't be set up now (limits
 /// on locked memory, say) the pool takes its place; the returned choice says so.
 ///
 /// # Errors
@@ -108,10 +113,20 @@ pub fn open_driver(
     backing: Arc<Backing>,
     choice: &DriverChoice,
 ) -> io::Result<(Box<dyn DiskDriver>, DriverChoice)> {
+    let forced = choice.reason.starts_with(DRIVER_VARIABLE);
+    if choice.kind == DriverKind::Memory
+        || choice.kind == DriverKind::Uring && !forced && backing.is_in_memory()
+    {
+        let choice = DriverChoice {
+            kind: DriverKind::Memory,
+            reason: "the backing is in memory".to_owned(),
+        };
+        return Ok((Box::new(MemoryDisk::new(backing)?), choice));
+    }
     if choice.kind == DriverKind::Uring {
         match UringDisk::new(Arc::clone(&backing)) {
             Ok(disk) => return Ok((Box::new(disk), choice.clone())),
-            Err(error) if choice.reason.starts_with(DRIVER_VARIABLE) => return Err(error),
+            Err(error) if forced => return Err(error),
             Err(error) => {
                 let choice = DriverChoice {
                     kind: DriverKind::Pool,

@@ -7,8 +7,9 @@
 //!
 //! * [`backing`]: opening: direct I/O where it works, one daemon per backing, size.
 //! * [`replica`]: creating and removing a replica's backing without overwriting foreign data.
-//! * [`driver`]: the driver's interface and the choice between the two below.
-//! * [`uring`]: io_uring. [`pool`]: a few threads, where io_uring is refused.
+//! * [`driver`]: the driver's interface and the choice between those below.
+//! * [`uring`]: io_uring. [`pool`]: a few threads, where io_uring is refused. [`memory`]: at once, where
+//!   the backing is in memory.
 //! * [`buffer`]: page-aligned buffers, as direct I/O wants them.
 //! * [`clock`]: the clock that is passed into the cores.
 
@@ -16,6 +17,7 @@ pub mod backing;
 pub mod buffer;
 pub mod clock;
 pub mod driver;
+pub mod memory;
 pub mod pool;
 pub mod replica;
 pub mod signature;
@@ -25,6 +27,7 @@ mod work;
 pub use backing::{Backing, IoMode, OpenError, OpenOptions};
 pub use buffer::{AlignedBuf, BufferPool};
 pub use driver::{DiskDriver, DriverChoice, DriverKind, open_driver, probe};
+pub use memory::MemoryDisk;
 pub use pool::PoolDisk;
 pub use replica::{CreateError, NewReplica, RemoveError, create_replica, remove_replica};
 pub use uring::UringDisk;

@@ -154,20 +154,7 @@ impl Shared {
                 }
             };
             drop(queue);
-            self.report(self.perform(work));
-        }
-    }
-
-    fn perform(&self, mut work: Work) -> Finished {
-        loop {
-            let result = make(&work.call(&self.context), &self.context);
-            if result == Err(Errno::AGAIN) {
-                thread::yield_now();
-            }
-            match work.advance(result, &self.context) {
-                Next::Again(again) => work = again,
-                Next::Finished(finished) => return finished,
-            }
+            self.report(perform(work, &self.context));
         }
     }
 
@@ -176,6 +163,20 @@ impl Shared {
         // Fails only when the counter is full, and then the descriptor is readable anyway.
         match rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
             Ok(_) | Err(_) => {}
+        }
+    }
+}
+
+/// Makes an operation's calls, one after the other, on this thread.
+pub(crate) fn perform(mut work: Work, context: &Context) -> Finished {
+    loop {
+        let result = make(&work.call(context), context);
+        if result == Err(Errno::AGAIN) {
+            thread::yield_now();
+        }
+        match work.advance(result, context) {
+            Next::Again(again) => work = again,
+            Next::Finished(finished) => return finished,
         }
     }
 }

@@ -7,7 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use relevo_disk::{Backing, DiskDriver, DriverKind, OpenOptions, PoolDisk, UringDisk, probe};
+use relevo_disk::{
+    Backing, DiskDriver, DriverKind, MemoryDisk, OpenOptions, PoolDisk, UringDisk, probe,
+};
 use relevo_replication::io::{DiskError, DiskOp, DiskOpKind, DiskReply, OpId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -28,6 +30,7 @@ impl Disk {
         let driver: Box<dyn DiskDriver> = match kind {
             DriverKind::Uring => Box::new(UringDisk::new(backing).unwrap()),
             DriverKind::Pool => Box::new(PoolDisk::new(backing).unwrap()),
+            DriverKind::Memory => Box::new(MemoryDisk::new(backing).unwrap()),
         };
         Self {
             driver,
@@ -84,10 +87,10 @@ impl Disk {
 pub(crate) fn kinds(test: &str) -> Vec<DriverKind> {
     let choice = probe();
     if choice.kind == DriverKind::Uring {
-        return vec![DriverKind::Uring, DriverKind::Pool];
+        return vec![DriverKind::Uring, DriverKind::Pool, DriverKind::Memory];
     }
     said::skip(&format!("{test} with io_uring"), &choice.reason);
-    vec![DriverKind::Pool]
+    vec![DriverKind::Pool, DriverKind::Memory]
 }
 
 /// A file of `len` bytes of a pattern, on the filesystem of the build (not a tmpfs, mostly).
