@@ -14,7 +14,7 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use relevo_server::api::{
     AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
-    Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest, OrderRequest,
+    Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump, MoveServiceRequest, OrderRequest,
     SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
     TokenRequest, VolumeStatus,
 };
@@ -169,6 +169,15 @@ impl Client {
     pub async fn order(&self, volume: &str, request: &OrderRequest) -> Result<Done, CliError> {
         let path = format!("/v1/volumes/{}/order", escape(volume));
         self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// The metadata on the backing of the daemon's replica of a volume.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn dump_metadata(&self, volume: &str) -> Result<MetadataDump, CliError> {
+        self.get(&format!("/v1/volumes/{}/metadata", escape(volume)))
+            .await
     }
 
     /// Makes this node secondary of a volume.

@@ -29,5 +29,7 @@ pub use buffer::{AlignedBuf, BufferPool};
 pub use driver::{DiskDriver, DriverChoice, DriverKind, open_driver, probe};
 pub use memory::MemoryDisk;
 pub use pool::PoolDisk;
-pub use replica::{CreateError, NewReplica, RemoveError, create_replica, remove_replica};
+pub use replica::{
+    CreateError, NewReplica, RemoveError, create_replica, dump_metadata, remove_replica,
+};
 pub use uring::UringDisk;

@@ -1,4 +1,4 @@
-//! Creating and removing a replica's backing. Called by the node when the control log says so.
+//! Creating, showing and removing a replica's backing. Called by the node when the control log says so.
 //!
 //! All replicas of a new volume start in sync, so each starts as zeroes; one that is added later says
 //! of itself that it has nothing. A new file is sparse; an
@@ -8,12 +8,14 @@
 use std::{
     ffi::OsString,
     fs::{self, File},
-    io,
+    io::{self, Seek as _, SeekFrom},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
-use relevo_format::{Backing as Found, Identity, Layout, LayoutError, Replica, Start, Superblock};
+use relevo_format::{
+    Backing as Found, Identity, Layout, LayoutError, Replica, Start, Superblock, dump::Dump,
+};
 use relevo_types::{ByteRange, Epoch, size::format_size};
 use rustix::{
     fs::{FallocateFlags, RenameFlags},
@@ -171,6 +173,26 @@ pub fn remove_replica(path: &Path, identity: &Identity) -> Result<(), RemoveErro
         path: path.to_owned(),
         found,
     })
+}
+
+/// The size of a backing in bytes, and what its metadata says. Takes no lock, so that it works beside a
+/// daemon that has the replica attached; a block that is being written at this moment may then look
+/// damaged.
+///
+/// # Errors
+/// The system's: it can't be opened. What can't be read is described in the dump.
+pub fn dump_metadata(path: &Path) -> io::Result<(u64, Dump)> {
+    let mut file = File::open(path)?;
+    // Of a device too, whose metadata says 0.
+    let size = file.seek(SeekFrom::End(0))?;
+    let read = |range: ByteRange| {
+        let len = usize::try_from(range.len).map_err(|error| error.to_string())?;
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, range.offset)
+            .map_err(|error| error.to_string())?;
+        Ok(bytes)
+    };
+    Ok((size, Dump::read(size, read)))
 }
 
 const fn buffered() -> OpenOptions {

@@ -9,12 +9,14 @@
 //! * [`Superblock`] and [`read_superblocks`]: what the replica is, in two alternating slots.
 //! * [`activity`]: the ring of transactions that names the regions being written.
 //! * [`bitmap`]: pages of dirty bits, each in two alternating slots.
+//! * [`dump`]: all of it for a person, the damaged parts too.
 
 #![forbid(unsafe_code)]
 
 pub mod activity;
 pub mod bitmap;
 mod bytes;
+pub mod dump;
 mod layout;
 mod superblock;
 

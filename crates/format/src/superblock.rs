@@ -287,6 +287,17 @@ const ACTIVITY_BLOCKS: u32 = activity::RING_BLOCKS as u32;
 #[allow(clippy::cast_possible_truncation, reason = "256")]
 const REGION_BLOCKS: u32 = Layout::REGION_BLOCKS as u32;
 
+/// Reads the slot of superblocks whose generations have that parity.
+pub(crate) fn read_slot(block: &[u8], parity: u64) -> Result<Superblock, SuperblockError> {
+    let superblock = Superblock::decode(block)?;
+    // A block in the wrong slot was misdirected.
+    check(
+        superblock.generation % 2 == parity,
+        "generation",
+        superblock,
+    )
+}
+
 /// Chooses between the two slots, given the last two whole blocks of a backing: the newest valid
 /// one is in force.
 ///
@@ -294,19 +305,10 @@ const REGION_BLOCKS: u32 = Layout::REGION_BLOCKS as u32;
 /// Why neither is usable, the first slot's reason first.
 pub fn read_superblocks(blocks: &[u8]) -> Result<Found, (SuperblockError, SuperblockError)> {
     let (first, second) = blocks.split_at(META_BLOCK.min(blocks.len()));
-    let slot = |block: &[u8], parity: u64| {
-        let superblock = Superblock::decode(block)?;
-        // A block in the wrong slot was misdirected.
-        check(
-            superblock.generation % 2 == parity,
-            "generation",
-            superblock,
-        )
-    };
     let remark = |index: u8, error: SuperblockError| {
         format!("superblock slot {index} is not usable ({error}); the other one was used")
     };
-    match (slot(first, 0), slot(second, 1)) {
+    match (read_slot(first, 0), read_slot(second, 1)) {
         (Ok(a), Ok(b)) => Ok(Found {
             superblock: if a.generation > b.generation { a } else { b },
             remark: None,

@@ -44,6 +44,7 @@ use crate::{
     },
     events::{Events, unix_ms},
     join::Admitter,
+    local_store::LocalReplicas,
     membership_files::{MemberFiles, Places},
     rpc::{ControlPeers, Handler, control_addresses},
     state_dir::private_dir,
@@ -434,6 +435,16 @@ impl Cluster {
     /// Opens this node's replica of a volume again.
     pub(crate) async fn attach_replica(&self, volume: VolumeId) -> Result<(), String> {
         self.volumes.attach(volume).await
+    }
+
+    /// The replicas that were made on this node.
+    pub(crate) fn local_replicas(&self) -> LocalReplicas {
+        self.volumes.replicas()
+    }
+
+    /// Whether this node's replica of a volume is open.
+    pub(crate) fn is_attached(&self, volume: VolumeId) -> bool {
+        self.volumes.shared.live(volume).is_some()
     }
 
     /// Closes this node's replica of a volume.

@@ -25,3 +25,4 @@ mod verbs;
 
 pub use options::{DEFAULT_DEVICE_DIR, DEFAULT_STATE_DIR, DaemonOptions};
 pub use run::run;
+pub use verbs::metadata::dump_metadata_without_daemon;

@@ -90,6 +90,9 @@ pub enum Verb {
     ResumeSync(order::PeerArgs),
     /// Compare the other replicas of a volume with this node's, which is primary, while it is in use
     Verify(order::VerifyArgs),
+    /// Show the metadata on the backing of this node's replica, also while the volume is down or no
+    /// daemon runs
+    DumpMd(order::OrderArgs),
     /// Move every service off a node and let none come back
     Standby(role::StandbyArgs),
     /// Let services come to a node again
@@ -160,6 +163,7 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
             block_on(order::give(&context, &args.volume, request))
         }
         Verb::Verify(args) => block_on(order::verify(&context, args)),
+        Verb::DumpMd(args) => block_on(order::dump_md(&context, &args.volume)),
         Verb::Standby(args) => block_on(role::standby(&context, args, true)),
         Verb::Unstandby(args) => block_on(role::standby(&context, args, false)),
     };

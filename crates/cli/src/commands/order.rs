@@ -6,7 +6,7 @@ use clap::Args;
 use relevo_server::api::OrderRequest;
 
 use super::{Context, volume};
-use crate::CliError;
+use crate::{CliError, render};
 
 /// An order about a volume.
 #[derive(Args, Debug)]
@@ -61,6 +61,18 @@ pub(super) async fn give(
 ) -> Result<ExitCode, CliError> {
     let done = context.client.order(volume, &request).await?;
     context.print_done(&done)
+}
+
+/// The metadata of this machine's replica: by the daemon, or from the backing where none runs.
+pub(super) async fn dump_md(context: &Context, name: &str) -> Result<ExitCode, CliError> {
+    let dump = match context.client.dump_metadata(name).await {
+        Err(CliError::NoDaemon { .. }) => {
+            relevo_server::dump_metadata_without_daemon(&context.state_dir, name)?
+        }
+        answer => answer?,
+    };
+    context.print(&dump, render::metadata)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// This node's role.

@@ -1,11 +1,13 @@
 //! Answers of the daemon as text for people. Pure: the time is passed in.
 
 mod lists;
+mod metadata;
 mod status;
 #[cfg(test)]
 mod tests;
 
 pub use lists::{event_line, service_list, volume_list};
+pub use metadata::metadata;
 pub use status::status;
 
 /// A length of time in words: `0.3 s`, `42 s`, `5 min`, `3 h 20 min`, `4 d 2 h`.

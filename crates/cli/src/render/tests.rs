@@ -155,3 +155,41 @@ fn lengths_of_time() {
     assert_eq!(duration_words(3_661_000), "1 h 1 min");
     assert_eq!(duration_words(90_000_000), "1 d 1 h");
 }
+
+const METADATA: &str = r#"{
+  "volume": "mail", "backing": "/dev/sdb", "backing_bytes": 1073741824, "state": "attached",
+  "superblocks": [
+    {"slot": 0, "in_force": true, "generation": 8, "problem": null},
+    {"slot": 1, "in_force": false, "generation": null, "problem": "its checksum is wrong"}],
+  "superblock": {"generation": 8, "cluster": "00", "volume": "v1", "node": "n1", "slot": 0, "lineage": "l77",
+    "epoch": 5, "data_bytes": 1048576, "clean": false, "certain": true, "inconsistent": false, "blank": false,
+    "slots_used": [0, 1]},
+  "activity_log": {"transaction": 17, "regions": [0, 7], "region_bytes": 1048576, "uncertain_bytes": 2097152,
+    "valid": 18, "damaged": 1},
+  "bitmaps": [
+    {"slot": 0, "node": "alfa", "own": true, "dirty_blocks": 0, "dirty_bytes": 0, "runs": 0, "first_runs": [],
+     "pages_written": 0, "pages_damaged": 0, "generation": 0},
+    {"slot": 1, "node": null, "own": false, "dirty_blocks": 4, "dirty_bytes": 16384, "runs": 2,
+     "first_runs": [[3, 1], [63, 3]], "pages_written": 2, "pages_damaged": 1, "generation": 4}],
+  "problems": ["1 pages of bitmap 1 are damaged: all their blocks are taken for dirty"]
+}"#;
+
+#[test]
+fn metadata_as_lines() {
+    let dump = serde_json::from_str(METADATA).unwrap();
+    assert_eq!(
+        metadata(&dump),
+        "mail: metadata on /dev/sdb (1 GiB), attached: the daemon's memory may be ahead of this\n\
+        \x20 superblock 0  generation 8, in force\n\
+        \x20 superblock 1  not usable: its checksum is wrong\n\
+        \x20 replica       volume v1, node n1, slot 0, of cluster 00\n\
+        \x20 data          1 MiB\n\
+        \x20 lineage       l77\n\
+        \x20 epoch         5\n\
+        \x20 flags         certain\n\
+        \x20 activity log  transaction 17, 2 regions of 1 MiB active: 0 7; the next attach takes 2 MiB for uncertain; 1 damaged blocks\n\
+        \x20 bitmap 0      alfa, its own: nothing dirty\n\
+        \x20 bitmap 1      16 KiB dirty, 4 blocks in 2 runs: 3 63-65; 1 of 2 written pages damaged\n\
+        \x20 problem       1 pages of bitmap 1 are damaged: all their blocks are taken for dirty\n"
+    );
+}

@@ -1,3 +1,4 @@
 //! Metadata as damaged disks give it back.
 
 mod damage;
+mod dump;

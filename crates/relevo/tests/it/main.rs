@@ -1,9 +1,10 @@
 //! Integration tests of the whole: the demo as a user runs it, daemons driven by the command line,
-//! bad input, real failures under load, and the house rules.
+//! metadata shown, bad input, real failures under load, and the house rules.
 
 mod bad_input;
 mod breakage;
 mod cluster;
 mod daemons;
 mod demo;
+mod metadata;
 mod tidy;

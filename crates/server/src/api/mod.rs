@@ -1,15 +1,17 @@
 //! What the daemon answers on its Unix socket: JSON over HTTP, version 1.
 //!
 //! The CLI, the demo and every later user interface speak these types; nothing else of the
-//! daemon is reachable from outside. [`request`] is what is asked, [`status`] what is shown,
+//! daemon is reachable from outside. [`request`] is what is asked, [`status`] and [`metadata`] what is shown,
 //! [`error`] how a refusal reads.
 
 pub mod error;
+pub mod metadata;
 pub mod request;
 pub(crate) mod router;
 pub mod status;
 
 pub use error::{ApiError, ErrorKind};
+pub use metadata::{ActivityLogDump, BitmapDump, MetadataDump, SuperblockDump, SuperblockSlot};
 pub use request::{
     AddReplicaRequest, AddressRequest, CreateServiceRequest, CreateVolumeRequest, Done, InitAnswer,
     InitRequest, JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest,

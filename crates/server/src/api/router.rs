@@ -16,7 +16,8 @@ use tokio::sync::broadcast;
 
 use super::{
     AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
-    ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MoveServiceRequest,
+    ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump,
+    MoveServiceRequest,
     OrderRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
     TokenRequest, VolumeStatus,
 };
@@ -45,6 +46,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}/replicas/{node}", delete(remove_replica))
         .route("/v1/volumes/{name}/options", post(set_options))
         .route("/v1/volumes/{name}/order", post(order))
+        .route("/v1/volumes/{name}/metadata", get(dump_metadata))
         .route("/v1/services", get(services).post(create_service))
         .route("/v1/services/{name}", delete(remove_service))
         .route("/v1/services/{name}/start", post(start_service))
@@ -169,6 +171,13 @@ async fn order(
     let request: OrderRequest = body(&bytes)?;
     let cluster = app.running()?;
     to_the_end(async move { cluster.order_volume(&name, request).await }).await
+}
+
+async fn dump_metadata(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Answer<MetadataDump> {
+    app.running()?.dump_metadata(&name).await.map(Json)
 }
 
 async fn create_service(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<Done> {

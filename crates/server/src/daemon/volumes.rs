@@ -343,6 +343,11 @@ impl Volumes {
             .map_err(|_| format!("its disk was not free within {} s", ORDER_WAIT.as_secs()))
     }
 
+    /// The replicas that were made on this node.
+    pub(crate) fn replicas(&self) -> LocalReplicas {
+        lock(&self.shared.replicas).clone()
+    }
+
     /// Whether a replica has a link to a peer's.
     pub(crate) fn is_connected(&self, volume: VolumeId, peer: NodeId) -> bool {
         self.shared.live(volume).is_some_and(|live| {

@@ -1,6 +1,7 @@
 //! The calls of the API on a running cluster: each checks, proposes to the control log, and waits
 //! until what was asked for is there or can't come.
 
+pub(crate) mod metadata;
 mod node;
 mod order;
 mod replica;
