@@ -14,9 +14,9 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use relevo_server::api::{
     AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
-    Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump, MoveServiceRequest, OrderRequest,
-    SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
-    TokenRequest, VolumeStatus,
+    Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump, MoveServiceRequest,
+    OrderRequest, SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
+    TokenAnswer, TokenRequest, VolumeStatus,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;

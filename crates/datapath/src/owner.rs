@@ -365,12 +365,15 @@ impl Owner {
                 self.unavailable = None;
                 self.offer();
             }
+            VolumeEvent::Closed { .. } | VolumeEvent::DiskFailed { .. }
+                if self.engine.holds_requests() => {}
             VolumeEvent::Closed { reason } | VolumeEvent::DiskFailed { reason } => {
                 self.withdraw(reason);
             }
             VolumeEvent::Detached => self.withdraw("it is detached from this node"),
             VolumeEvent::Attached { .. }
             | VolumeEvent::Peer { .. }
+            | VolumeEvent::Healed { .. }
             | VolumeEvent::Verified { .. } => {}
         }
         self.status_at = Time::ZERO;

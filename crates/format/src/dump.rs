@@ -94,9 +94,10 @@ impl Dump {
         for (index, parity) in (0..2).zip(0u64..) {
             let offset = area.offset + parity * META_BLOCK as u64;
             // One by one: an unreadable sector must not hide the other slot.
-            dump.slots[index] = (reader.read)(ByteRange::new(offset, META_BLOCK as u64)).and_then(
-                |block| read_slot(&block, parity).map_err(|error: SuperblockError| error.to_string()),
-            );
+            dump.slots[index] =
+                (reader.read)(ByteRange::new(offset, META_BLOCK as u64)).and_then(|block| {
+                    read_slot(&block, parity).map_err(|error: SuperblockError| error.to_string())
+                });
         }
         dump.in_force = match &dump.slots {
             [Ok(even), Ok(odd)] => Some(usize::from(odd.generation > even.generation)),
@@ -120,7 +121,11 @@ impl Dump {
             return dump;
         }
         let tag = superblock.replica.identity.tag();
-        let ring = reader.bytes("the activity log", layout.activity_ring(), META_BLOCK as u64);
+        let ring = reader.bytes(
+            "the activity log",
+            layout.activity_ring(),
+            META_BLOCK as u64,
+        );
         let activity = activity::recover(&ring, tag);
         if activity.valid == 0 {
             dump.problems.push(

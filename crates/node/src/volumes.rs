@@ -71,7 +71,10 @@ impl Engines {
                 engine.closed = false;
             }
             Some(
-                VolumeEvent::Detached | VolumeEvent::Peer { .. } | VolumeEvent::Verified { .. },
+                VolumeEvent::Detached
+                | VolumeEvent::Peer { .. }
+                | VolumeEvent::Verified { .. }
+                | VolumeEvent::Healed { .. },
             )
             | None => {}
         }

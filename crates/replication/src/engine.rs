@@ -5,14 +5,17 @@ use std::{
     sync::Arc,
 };
 
-use relevo_types::{BlockRange, Epoch, NodeId, Time, cluster::Volume};
+use relevo_types::{
+    BlockRange, Epoch, NodeId, Time,
+    cluster::{Volume, options::OnNoData},
+};
 use relevo_wire::{Message, Refusal};
 
 use crate::{
     attach::{Attach, Loaded},
     io::{
         DiskReply, DiskState, Effect, EngineConfig, EngineStatus, Input, PeerState, ReplyError,
-        VolumeEvent,
+        RequestId, VolumeEvent,
     },
     lab::Lab,
     machine::{Detach, Machine},
@@ -67,7 +70,13 @@ struct Failed {
     reason: String,
     epoch: Epoch,
     proposals: Proposals,
+    /// Requests that wait for data to be accessible again (`on-no-data-accessible=suspend-io`); `None`:
+    /// they fail.
+    held: Option<Vec<RequestId>>,
 }
+
+/// Requests that wait for accessible data at most; further ones fail.
+const HELD_MAX: usize = 16_384;
 
 impl Engine {
     /// An engine that has not read its metadata yet; give it [`Input::Attach`] first.
@@ -237,6 +246,12 @@ impl Engine {
         }
     }
 
+    /// Whether requests wait although the disk here failed: clients shall stay connected.
+    #[must_use]
+    pub fn holds_requests(&self) -> bool {
+        matches!(&self.state, State::Failed(failed) if failed.held.is_some())
+    }
+
     /// What the engine is doing.
     #[must_use]
     pub fn status(&self) -> EngineStatus {
@@ -256,7 +271,10 @@ impl Engine {
                     .proposals
                     .words()
                     .map(|words| format!("waits for {words}"));
-                let words = words.unwrap_or_else(|| failed.reason.clone());
+                let mut words = words.unwrap_or_else(|| failed.reason.clone());
+                if failed.held.is_some() {
+                    words = format!("waits for accessible data (`on-no-data-accessible`): {words}");
+                }
                 (DiskState::Failed, failed.epoch, Some(words))
             }
             State::Detached => (DiskState::Diskless, Epoch(0), None),
@@ -346,17 +364,22 @@ fn fail_attach(cx: &mut Cx<'_>, parked: Parked, reason: String) -> State {
         reason,
         epoch: Epoch(0),
         proposals: Proposals::default(),
+        held: None,
     })
 }
 
 /// Ends a machine whose disk failed: requests are answered with errors, peers are told.
 fn fail_machine(cx: &mut Cx<'_>, machine: &mut Machine, reason: String) -> Failed {
-    for id in machine.requests.drain() {
-        cx.emit(Effect::Reply {
-            id,
-            result: Err(ReplyError::Io),
-        });
-    }
+    let requests = machine.requests.drain();
+    let me = machine.node();
+    let volume = machine.volume.as_deref();
+    let holds = machine.is_open() && volume.is_some_and(|volume| nothing_accessible(volume, me));
+    let held = if holds {
+        Some(requests)
+    } else {
+        fail_requests(cx, requests);
+        None
+    };
     for peer in machine.links.keys() {
         refuse_disk(cx, *peer, &reason);
     }
@@ -373,9 +396,28 @@ fn fail_machine(cx: &mut Cx<'_>, machine: &mut Machine, reason: String) -> Faile
         epoch: machine.meta.durable_epoch(),
         reason,
         proposals: Proposals::default(),
+        held,
     };
-    failed.propose(cx, machine.node());
+    failed.propose(cx, me);
     failed
+}
+
+fn fail_requests(cx: &mut Cx<'_>, requests: Vec<RequestId>) {
+    for id in requests {
+        cx.emit(Effect::Reply {
+            id,
+            result: Err(ReplyError::Io),
+        });
+    }
+}
+
+/// Whether requests to this node, whose disk failed, shall wait: no other replica is in sync, and that
+/// was chosen.
+fn nothing_accessible(volume: &Volume, me: NodeId) -> bool {
+    volume.options.on_no_data == OnNoData::Suspend
+        && volume.primary == Some(me)
+        && volume.in_sync.len() == 1
+        && volume.in_sync.contains(&me)
 }
 
 fn refuse_disk(cx: &mut Cx<'_>, peer: NodeId, reason: &str) {
@@ -398,15 +440,27 @@ impl Failed {
             Input::Config(volume) => {
                 let known = self.volume.as_ref();
                 if known.is_none_or(|known| volume.version > known.version) {
+                    if !nothing_accessible(&volume, me) {
+                        // Somebody else may serve, or waiting is not wanted any more.
+                        if let Some(held) = self.held.take() {
+                            fail_requests(cx, held);
+                            let reason = self.reason.clone();
+                            cx.emit(Effect::Event(VolumeEvent::Closed { reason }));
+                        }
+                    }
                     self.volume = Some(volume);
                 }
             }
             Input::LinkUp { peer } => refuse_disk(cx, peer, &self.reason),
-            Input::Request { id, .. } => cx.emit(Effect::Reply {
-                id,
-                result: Err(ReplyError::Io),
-            }),
-            Input::Detach => cx.emit(Effect::Event(VolumeEvent::Detached)),
+            Input::Request { id, .. } => match &mut self.held {
+                Some(held) if held.len() < HELD_MAX => held.push(id),
+                _ => fail_requests(cx, vec![id]),
+            },
+            Input::Detach => {
+                // Unanswered: their connections end, and who connects again may ask again.
+                self.held = None;
+                cx.emit(Effect::Event(VolumeEvent::Detached));
+            }
             Input::Order { id, .. } => cx.emit(Effect::OrderDone {
                 id,
                 result: Err(format!("its disk is not usable: {}", self.reason)),

@@ -270,6 +270,15 @@ pub enum VolumeEvent {
         /// The replica now leaves the in-sync set and is given what differs.
         repair: bool,
     },
+    /// Blocks that the disk here could not read were read from another replica; they are written anew.
+    Healed {
+        /// The blocks.
+        blocks: BlockRange,
+        /// Whose replica had them.
+        from: NodeId,
+        /// What the disk said.
+        error: String,
+    },
     /// What is known of a peer changed.
     Peer {
         /// The peer.

@@ -39,6 +39,8 @@ pub(crate) enum Owner {
     VerifyRead(NodeId),
     /// Content for an answer to digests.
     DigestRead(Reply, u64),
+    /// Content for a primary whose disk can't read it.
+    PeerRead(Reply, u64),
     /// Content for the reconciliation of a promotion, by its attempt.
     PushRead(u64),
     /// A write from the primary.
@@ -66,6 +68,8 @@ pub(crate) struct Job {
     pub(crate) owner: Owner,
     pub(crate) stage: Stage,
     write: bool,
+    /// What a read got from another replica, while it is being written here.
+    healed: Option<Bytes>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,6 +80,8 @@ pub(crate) enum Stage {
     Activity,
     /// On the disk.
     Disk,
+    /// A read that the disk refused: another replica is asked.
+    Remote,
     /// Waits for the flush.
     Flush,
     /// Done here; its owner keeps it in the gate.
@@ -97,6 +103,15 @@ impl Job {
     /// Whether it holds pins on its regions.
     pub(crate) fn is_pinned(&self) -> bool {
         self.write && matches!(self.stage, Stage::Disk | Stage::Flush | Stage::Held)
+    }
+
+    pub(crate) const fn is_write(&self) -> bool {
+        self.write
+    }
+
+    /// The disk can't do it; another replica is asked.
+    pub(crate) const fn wait_for_content(&mut self) {
+        self.stage = Stage::Remote;
     }
 
     fn is_from_peer(&self) -> bool {
@@ -128,6 +143,7 @@ impl Machine {
                 owner,
                 stage: Stage::Gate,
                 write: false,
+                healed: None,
             },
         );
     }
@@ -150,6 +166,7 @@ impl Machine {
                 owner,
                 stage: Stage::Gate,
                 write: true,
+                healed: None,
             },
         );
     }
@@ -179,6 +196,23 @@ impl Machine {
             self.ops.start(cx, kind, OpUse::Job(id));
             return;
         }
+        self.warm_job(cx, id);
+    }
+
+    /// Writes what a read got from another replica; the read ends with it.
+    pub(crate) fn write_anew(&mut self, cx: &mut Cx<'_>, id: JobId, data: Bytes) {
+        if let Some(job) = self.jobs.table.get_mut(&id) {
+            job.healed = Some(data.clone());
+            job.body = Some(Body::Data(data));
+            job.write = true;
+            self.warm_job(cx, id);
+        }
+    }
+
+    fn warm_job(&mut self, cx: &mut Cx<'_>, id: JobId) {
+        let Some(job) = self.jobs.table.get_mut(&id) else {
+            return;
+        };
         job.stage = Stage::Activity;
         let regions = job.regions().collect();
         if self.meta.activity.pin_or_wait(id, regions) {
@@ -215,6 +249,7 @@ impl Machine {
         let Some(job) = self.jobs.table.get_mut(&id) else {
             return;
         };
+        let data = data.or_else(|| job.healed.take());
         if job.fua && job.owner != Owner::Nobody {
             job.stage = Stage::Flush;
             self.flush(cx, FlushFor::Job(id));
@@ -260,6 +295,10 @@ impl Machine {
                 self.digest_read_done(cx, reply, check, &data.unwrap_or_default());
                 self.end_job(cx, id);
             }
+            Owner::PeerRead(reply, number) => {
+                self.peer_read_done(cx, reply, number, blocks, data.unwrap_or_default());
+                self.end_job(cx, id);
+            }
             Owner::PushRead(attempt) => {
                 self.push_read_done(cx, attempt, blocks, data.unwrap_or_default());
                 self.end_job(cx, id);
@@ -300,6 +339,10 @@ impl Machine {
         };
         match job.stage {
             Stage::Disk => job.owner = Owner::Nobody,
+            Stage::Remote => {
+                self.forget_heal(id);
+                self.end_job(cx, id);
+            }
             Stage::Gate | Stage::Activity | Stage::Flush | Stage::Held => self.end_job(cx, id),
         }
     }

@@ -8,7 +8,7 @@
 //! Where to start: [`io`] for what goes in and out; `machine` for the state and the dispatch;
 //! `primary`, `sync` and `promotion` for a reign, `secondary` for the other side of it; `jobs`,
 //! `gate` and `activity` for local I/O; `metadata` for what is on disk, and when; `invariants`
-//! for the rules.
+//! for the rules; `heal` for what another replica reads.
 
 #![forbid(unsafe_code)]
 
@@ -19,6 +19,7 @@ mod digest;
 mod engine;
 mod follow;
 mod gate;
+mod heal;
 mod invariants;
 pub mod io;
 mod jobs;

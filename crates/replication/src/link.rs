@@ -6,6 +6,7 @@ use relevo_types::{BLOCK_SIZE, ByteRange, Epoch, NodeId, Time};
 use relevo_wire::{Body, Message, PeerInfo, Refusal};
 
 use crate::{
+    heal::PIECE_BLOCKS,
     io::Effect,
     machine::{Machine, Role, mask},
     ops::Cx,
@@ -257,6 +258,12 @@ impl Machine {
                 first,
                 digests,
             } => self.digests_arrived(cx, peer, epoch, id, first, digests),
+            Message::ReadBlocks { epoch, id, blocks } => {
+                self.read_asked(cx, peer, epoch, id, blocks);
+            }
+            Message::Content {
+                id, range, body, ..
+            } => self.content_arrived(cx, peer, id, range, &body),
             Message::Differ { id, blocks, .. } => self.verify_answered(peer, id, &blocks),
             Message::Verifying { epoch, active } => self.peer_verifies(peer, epoch, active),
             Message::PauseSync { paused } => self.peer_pauses(peer, paused),
@@ -296,7 +303,13 @@ impl Machine {
                     .then_some(())
                     .ok_or("a slot out of range")
             }
-            Message::SyncWrite { range, body, .. } => self.check_body(*range, body),
+            Message::SyncWrite { range, body, .. } | Message::Content { range, body, .. } => {
+                self.check_body(*range, body)
+            }
+            Message::ReadBlocks { blocks, .. } => (self.is_inside(*blocks)
+                && blocks.count <= PIECE_BLOCKS)
+                .then_some(())
+                .ok_or("a block outside the volume, or too many"),
             Message::DirtyMap { slot, blocks, .. } => {
                 let known = slot.index() < relevo_types::ReplicaSlot::COUNT;
                 let inside = blocks.iter().all(|run| self.is_inside(*run));
@@ -380,6 +393,7 @@ impl Machine {
                 resync
                     .or_else(|| primary.unanswered_since(mask(slot)))
                     .or_else(|| self.verify_owed_since(peer))
+                    .or_else(|| self.heal_owed_since(peer))
             }
             Role::Promoting(promotion) => promotion.awaits(peer).then_some(promotion.began),
             Role::Secondary | Role::Yielding => None,

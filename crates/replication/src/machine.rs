@@ -13,6 +13,7 @@ use relevo_types::{BlockRange, Epoch, NodeId, ReplicaSlot, Time, cluster::Volume
 
 use crate::{
     gate::Gate,
+    heal::Heals,
     io::{
         AppRequest, DiskError, DiskReply, Effect, EngineConfig, Input, OpId, PeerState, VolumeEvent,
     },
@@ -83,6 +84,7 @@ pub(crate) struct Machine {
     pub(crate) standalone: BTreeMap<NodeId, String>,
     pub(crate) pauses: Pauses,
     pub(crate) verification: Verification,
+    pub(crate) heals: Heals,
 }
 
 /// What this node is for the volume.
@@ -155,6 +157,7 @@ impl Machine {
             standalone: BTreeMap::new(),
             pauses: Pauses::default(),
             verification: Verification::default(),
+            heals: Heals::default(),
         }
     }
 
@@ -177,6 +180,10 @@ impl Machine {
 
     /// Starts everything that the state allows.
     pub(crate) fn settle(&mut self, cx: &mut Cx<'_>) {
+        if self.failed.is_some() {
+            return;
+        }
+        self.settle_disk(cx);
         if self.failed.is_some() {
             return;
         }
@@ -238,9 +245,10 @@ impl Machine {
             Ok(DiskReply::Data(data)) => Some(data),
             Ok(DiskReply::Done) => None,
             Err(error) => {
-                self.fail(format!(
-                    "{error}; the replica is out of use until the disk is repaired and the volume attached again"
-                ));
+                match used_for {
+                    OpUse::Job(id) if self.is_read(id) => self.read_failed(cx, id, &error),
+                    _ => self.disk_error(&error.to_string()),
+                }
                 return;
             }
         };
@@ -268,6 +276,13 @@ impl Machine {
                 self.afters.push((ticket, after));
             }
         }
+    }
+
+    /// The disk could not do what this replica can't be without.
+    pub(crate) fn disk_error(&mut self, error: &str) {
+        self.fail(format!(
+            "{error}; the replica is out of use until the disk is repaired and the volume attached again"
+        ));
     }
 
     /// The disk is unusable. Nothing is tried again.

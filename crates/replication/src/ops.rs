@@ -39,14 +39,15 @@ pub(crate) enum OpUse {
 #[derive(Debug, Default)]
 pub(crate) struct Ops {
     last: u64,
-    uses: BTreeMap<OpId, OpUse>,
+    /// What for, and since when; in the order in which they began.
+    uses: BTreeMap<OpId, (OpUse, Time)>,
 }
 
 impl Ops {
     pub(crate) fn start(&mut self, cx: &mut Cx<'_>, kind: DiskOpKind, used_for: OpUse) {
         self.last += 1;
         let op = OpId(self.last);
-        self.uses.insert(op, used_for);
+        self.uses.insert(op, (used_for, cx.now));
         cx.emit(Effect::Disk(DiskOp { op, kind }));
     }
 
@@ -57,7 +58,12 @@ impl Ops {
 
     /// What a completed operation was for; `None` when nobody asked for it.
     pub(crate) fn finish(&mut self, op: OpId) -> Option<OpUse> {
-        self.uses.remove(&op)
+        self.uses.remove(&op).map(|(used_for, _)| used_for)
+    }
+
+    /// Since when the oldest operation is under way.
+    pub(crate) fn oldest(&self) -> Option<Time> {
+        self.uses.first_key_value().map(|(_, (_, since))| *since)
     }
 
     pub(crate) fn is_idle(&self) -> bool {

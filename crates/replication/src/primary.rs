@@ -482,6 +482,7 @@ impl Machine {
     /// What the primary starts by itself.
     pub(crate) fn settle_primary(&mut self, cx: &mut Cx<'_>) {
         self.settle_quorum(cx);
+        self.settle_heals(cx);
         self.settle_followers(cx);
         self.pump_requests(cx);
         self.settle_sync(cx);

@@ -89,6 +89,11 @@ impl Machine {
         matches!(after, After::Barrier(reply, _) if self.link_number(reply.peer) == Some(reply.link))
     }
 
+    /// Whether the link of a reply is still there.
+    pub(crate) fn is_link_of(&self, reply: Reply) -> bool {
+        self.link_number(reply.peer) == Some(reply.link)
+    }
+
     fn link_number(&self, peer: NodeId) -> Option<u64> {
         self.links.get(&peer).map(|link| link.number)
     }

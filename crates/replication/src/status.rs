@@ -233,6 +233,7 @@ impl Machine {
             .min(self.saving_deadline())
             .min(self.verify_deadline())
             .min(self.proposals.deadline())
+            .min(self.disk_deadline())
             .min(promotion)
             .min(complete)
     }

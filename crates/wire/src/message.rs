@@ -128,6 +128,16 @@ pub enum Message {
         /// A digest of it and of each block that follows; at least one.
         digests: Vec<BlockDigest>,
     },
+    /// The primary's disk refuses to read these blocks: the receiver, a member of the in-sync set,
+    /// shall. Answered by [`Message::Content`].
+    ReadBlocks {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Echoed in the answer.
+        id: u64,
+        /// The blocks; at most 256.
+        blocks: BlockRange,
+    },
     /// The primary begins or ends to compare the receiver's replica with its own: for its status.
     Verifying {
         /// The primary's epoch.
@@ -182,6 +192,17 @@ pub enum Message {
         id: u64,
         /// The blocks whose digests differ at the sender.
         blocks: Vec<BlockRange>,
+    },
+    /// Answer to [`Message::ReadBlocks`].
+    Content {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        id: u64,
+        /// Where; the blocks that were asked for.
+        range: ByteRange,
+        /// What is there.
+        body: Body,
     },
     /// A barrier was passed.
     BarrierAck {

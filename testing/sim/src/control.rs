@@ -10,9 +10,9 @@ use std::sync::Arc;
 use relevo_types::{
     ClusterId, Epoch, LineageId, NodeId, Sensitivity, VolumeId,
     cluster::{
-        AddressPart, ClusterState, Command, Congestion, JoinToken, NodeKind, NodePath, NodeSpec,
-        Outcome, Part, Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume,
-        VolumeChange, VolumeOptions, VolumePart, options::OnLoss,
+        AddressPart, ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Outcome, Part,
+        Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume, VolumeChange,
+        VolumeOptions, VolumePart,
     },
 };
 
@@ -114,17 +114,8 @@ impl Control {
     ///
     /// # Errors
     /// The control log refused it; a bug in it or here.
-    pub fn with_options(
-        mut self,
-        congestion: Congestion,
-        on_no_quorum: OnLoss,
-    ) -> Result<Self, Rejection> {
+    pub fn with_options(mut self, options: VolumeOptions) -> Result<Self, Rejection> {
         let volume = &self.state.volumes[&VOLUME];
-        let options = VolumeOptions {
-            congestion,
-            on_no_quorum,
-            ..volume.options.clone()
-        };
         let expect = volume.version;
         self.state.apply(&Command::SetVolumeOptions {
             volume: VOLUME,

@@ -9,6 +9,8 @@ pub const ALL: &[&str] = &[
     "a replica was added to a volume in use",
     "an operator suspended I/O",
     "requests failed without a majority",
+    "a read error was healed from another replica",
+    "a disk that hung was given up",
     "an operator disconnected a replica",
     "an operator paused a resync",
     "a paused resync went on",

@@ -7,7 +7,10 @@ use std::{str::FromStr, time::Duration};
 use relevo_replication::lab::PlantedBug;
 use relevo_types::{
     Sensitivity,
-    cluster::{Congestion, OnCongestion, Protocol, options::OnLoss},
+    cluster::{
+        Congestion, OnCongestion, Protocol,
+        options::{DiskTimeout, OnIoError, OnLoss},
+    },
 };
 
 use crate::{faults::Fault, rng::Rng};
@@ -131,6 +134,18 @@ fn no_quorum(seed: u64) -> OnLoss {
     }
 }
 
+/// What becomes of reads that nobody can serve, and how long a disk may hang. Chance of its own too.
+fn disk_trouble(seed: u64) -> (OnIoError, DiskTimeout) {
+    let mut rng = Rng::new(seed, 9);
+    let policy = if rng.chance(20.0) {
+        OnIoError::PassOn
+    } else {
+        OnIoError::Detach
+    };
+    let seconds = rng.pick(&[None, Some(2), Some(30)]);
+    (policy, DiskTimeout { seconds })
+}
+
 /// Everything that a run is made from.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -199,6 +214,8 @@ pub struct Scenario {
     pub congestion: Congestion,
     /// Requests without a majority wait or fail.
     pub on_no_quorum: OnLoss,
+    /// What becomes of reads that nobody can serve, and how long a disk may hang.
+    pub disk_trouble: (OnIoError, DiskTimeout),
     /// Replicas of protocol A are far away: each write to them takes the line this long, in
     /// microseconds. 0: they are not.
     pub far_us: u64,
@@ -277,6 +294,7 @@ impl Scenario {
             protocols,
             congestion,
             on_no_quorum: no_quorum(seed),
+            disk_trouble: disk_trouble(seed),
             far_us,
         }
     }

@@ -24,7 +24,11 @@ pub fn metadata(dump: &MetadataDump) -> String {
             (None, generation) => format!("generation {}", generation.unwrap_or_default()),
         };
         let force = if slot.in_force { ", in force" } else { "" };
-        line(&mut text, &format!("superblock {}", slot.slot), &format!("{what}{force}"));
+        line(
+            &mut text,
+            &format!("superblock {}", slot.slot),
+            &format!("{what}{force}"),
+        );
     }
     if let Some(superblock) = &dump.superblock {
         superblock_lines(&mut text, superblock);
@@ -33,7 +37,11 @@ pub fn metadata(dump: &MetadataDump) -> String {
         line(&mut text, "activity log", &activity_log(log));
     }
     for bitmap in &dump.bitmaps {
-        line(&mut text, &format!("bitmap {}", bitmap.slot), &bitmap_words(bitmap));
+        line(
+            &mut text,
+            &format!("bitmap {}", bitmap.slot),
+            &bitmap_words(bitmap),
+        );
     }
     for problem in &dump.problems {
         line(&mut text, "problem", problem);
@@ -135,7 +143,11 @@ fn bitmap_words(bitmap: &BitmapDump) -> String {
                 count => format!("{first}-{}", first + count - 1),
             })
             .collect();
-        let more = if bitmap.runs > named.len() as u64 { " ..." } else { "" };
+        let more = if bitmap.runs > named.len() as u64 {
+            " ..."
+        } else {
+            ""
+        };
         words += &format!(
             "{} dirty, {} blocks in {} runs: {}{more}",
             format_size(bitmap.dirty_bytes),

@@ -7,7 +7,9 @@ use relevo_format::{
     create,
     dump::{Dump, RUNS_NAMED},
 };
-use relevo_types::{BlockRange, ByteRange, ClusterId, Epoch, LineageId, NodeId, ReplicaSlot, VolumeId};
+use relevo_types::{
+    BlockRange, ByteRange, ClusterId, Epoch, LineageId, NodeId, ReplicaSlot, VolumeId,
+};
 use said::fuzz::{Random, fuzz, mutate};
 
 /// Two pages a slot, the second one cut.
@@ -80,7 +82,11 @@ impl Disk {
     fn dump(&self) -> Dump {
         let area = self.layout.metadata();
         Dump::read(self.size, |range: ByteRange| {
-            if self.bad.iter().any(|bad| range.offset <= *bad && *bad < range.end()) {
+            if self
+                .bad
+                .iter()
+                .any(|bad| range.offset <= *bad && *bad < range.end())
+            {
                 return Err("a bad sector".to_owned());
             }
             if range.offset < area.offset || range.end() > area.end() {
@@ -105,11 +111,19 @@ fn in_use() -> Disk {
     });
     let regions = [Region(0), Region(7), Region(129)];
     let tag = replica().identity.tag();
-    disk.put(layout.activity_block(17), &activity::encode(17, tag, &regions));
+    disk.put(
+        layout.activity_block(17),
+        &activity::encode(17, tag, &regions),
+    );
     // Runs that go over the ends of words and of pages; bits beyond the volume.
     let last = BLOCKS_PER_PAGE - 1;
     disk.page(0, 0, 4, &[3, 63, 64, 65, last]);
-    disk.page(0, 1, 1, &[0, 1, layout.data_blocks() - BLOCKS_PER_PAGE, 30_000]);
+    disk.page(
+        0,
+        1,
+        1,
+        &[0, 1, layout.data_blocks() - BLOCKS_PER_PAGE, 30_000],
+    );
     disk
 }
 
@@ -139,7 +153,10 @@ fn a_replica_in_use_is_told_whole() {
     assert_eq!(first.first_runs, runs);
     assert_eq!((first.dirty, first.runs), (7, 3));
     assert_eq!((first.pages_written, first.generation), (2, 4));
-    assert_eq!((dump.bitmaps[1].dirty, dump.bitmaps[1].pages_written), (0, 0));
+    assert_eq!(
+        (dump.bitmaps[1].dirty, dump.bitmaps[1].pages_written),
+        (0, 0)
+    );
 }
 
 #[test]
@@ -191,8 +208,14 @@ fn what_the_disk_refuses_to_read_is_described() {
     assert_eq!((activity.valid, activity.damaged), (2, 1));
     assert_eq!(dump.bitmaps[2].pages_damaged, 1);
     let told = dump.problems.join("\n");
-    assert!(told.contains("4096 bytes of the activity log can't be read: a bad sector"), "{told}");
-    assert!(told.contains("8192 bytes of bitmap 2 can't be read"), "{told}");
+    assert!(
+        told.contains("4096 bytes of the activity log can't be read: a bad sector"),
+        "{told}"
+    );
+    assert!(
+        told.contains("8192 bytes of bitmap 2 can't be read"),
+        "{told}"
+    );
 }
 
 #[test]
@@ -222,37 +245,41 @@ fn a_backing_that_holds_no_replica_is_described_too() {
 #[test]
 fn any_metadata_is_dumped_without_a_panic() {
     let whole = in_use();
-    fuzz("any_metadata_is_dumped_without_a_panic", |random: &mut Random| {
-        let mut disk = Disk {
-            layout: whole.layout,
-            bytes: whole.bytes.clone(),
-            size: whole.size,
-            bad: Vec::new(),
-        };
-        for _ in 0..1 + random.below(4) {
-            // The superblocks, the log and the first pages, in which something is.
-            let blocks = disk.bytes.len() / META_BLOCK;
-            let block = match random.below(4) {
-                0 => blocks - 1 - random.below(2),
-                1 => blocks - 3 - random.below(usize::try_from(RING_BLOCKS).unwrap()),
-                _ => random.below(8),
+    fuzz(
+        "any_metadata_is_dumped_without_a_panic",
+        |random: &mut Random| {
+            let mut disk = Disk {
+                layout: whole.layout,
+                bytes: whole.bytes.clone(),
+                size: whole.size,
+                bad: Vec::new(),
             };
-            let mut bytes = disk.bytes[block * META_BLOCK..][..META_BLOCK].to_vec();
-            mutate(random, &mut bytes);
-            bytes.resize(META_BLOCK, random.byte());
-            disk.bytes[block * META_BLOCK..][..META_BLOCK].copy_from_slice(&bytes);
-            if random.one_in(3) {
-                disk.bad.push(disk.layout.metadata().offset + (block * META_BLOCK) as u64);
+            for _ in 0..1 + random.below(4) {
+                // The superblocks, the log and the first pages, in which something is.
+                let blocks = disk.bytes.len() / META_BLOCK;
+                let block = match random.below(4) {
+                    0 => blocks - 1 - random.below(2),
+                    1 => blocks - 3 - random.below(usize::try_from(RING_BLOCKS).unwrap()),
+                    _ => random.below(8),
+                };
+                let mut bytes = disk.bytes[block * META_BLOCK..][..META_BLOCK].to_vec();
+                mutate(random, &mut bytes);
+                bytes.resize(META_BLOCK, random.byte());
+                disk.bytes[block * META_BLOCK..][..META_BLOCK].copy_from_slice(&bytes);
+                if random.one_in(3) {
+                    disk.bad
+                        .push(disk.layout.metadata().offset + (block * META_BLOCK) as u64);
+                }
             }
-        }
-        if random.one_in(8) {
-            disk.size = random.tricky() >> 8;
-        }
-        let dump = disk.dump();
-        for bitmap in &dump.bitmaps {
-            assert!(bitmap.dirty <= disk.layout.data_blocks());
-            assert!(bitmap.runs <= bitmap.dirty);
-        }
-        assert!(dump.uncertain_blocks() <= disk.layout.data_blocks());
-    });
+            if random.one_in(8) {
+                disk.size = random.tricky() >> 8;
+            }
+            let dump = disk.dump();
+            for bitmap in &dump.bitmaps {
+                assert!(bitmap.dirty <= disk.layout.data_blocks());
+                assert!(bitmap.runs <= bitmap.dirty);
+            }
+            assert!(dump.uncertain_blocks() <= disk.layout.data_blocks());
+        },
+    );
 }

@@ -74,7 +74,10 @@ fn metadata_is_dumped_up_down_and_without_a_daemon() {
     assert!(text.contains("in force"), "{text}");
     file.write_all_at(&[7; 8192], end - 8192).unwrap();
     let text = alfa.ok(&["dump-md", "mail"]);
-    assert!(text.contains("problem       no superblock is usable"), "{text}");
+    assert!(
+        text.contains("problem       no superblock is usable"),
+        "{text}"
+    );
     std::fs::remove_file(&path).unwrap();
     let err = alfa.refused(&["dump-md", "mail"]);
     assert!(err.contains("can't be read"), "{err}");

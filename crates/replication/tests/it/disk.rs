@@ -1,6 +1,9 @@
 //! A disk in memory that may lose what was not flushed.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use relevo_replication::{DiskOpKind, DiskReply};
 use relevo_types::ByteRange;
@@ -18,6 +21,10 @@ pub(crate) struct Disk {
     unflushed: BTreeMap<u64, Option<Arc<[u8]>>>,
     /// Fails operations of this kind.
     pub(crate) broken: Option<&'static str>,
+    /// Blocks that can't be read until they are written.
+    pub(crate) bad: BTreeSet<u64>,
+    /// Not even then.
+    pub(crate) hopeless: bool,
     /// Nothing gets done.
     pub(crate) stalled: bool,
 }
@@ -26,9 +33,23 @@ impl Disk {
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
         assert!(offset.is_multiple_of(BLOCK as u64) && data.len().is_multiple_of(BLOCK));
         for (number, block) in (offset / BLOCK as u64..).zip(data.chunks(BLOCK)) {
+            if !self.hopeless {
+                self.bad.remove(&number);
+            }
             let old = self.blocks.insert(number, block.into());
             self.unflushed.entry(number).or_insert(old);
         }
+    }
+
+    /// Whether an operation reads a block that can't be read.
+    pub(crate) fn is_unreadable(&self, kind: &DiskOpKind) -> bool {
+        let DiskOpKind::Read(range) = kind else {
+            return false;
+        };
+        range
+            .blocks_covered()
+            .iter()
+            .any(|block| self.bad.contains(&block))
     }
 
     pub(crate) fn read(&self, range: ByteRange) -> Vec<u8> {

@@ -1,6 +1,7 @@
 //! Engines against each other: an instant network, disks in memory, the real control state.
 
 mod disk;
+mod heal;
 mod knowledge;
 mod nonsense;
 mod orders;

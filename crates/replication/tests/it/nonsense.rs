@@ -53,7 +53,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(28) {
+    match random.below(30) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -139,6 +139,17 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
         26 => Message::Received {
             epoch,
             seq: Seq(id),
+        },
+        27 => Message::ReadBlocks {
+            epoch,
+            id,
+            blocks: BlockRange::new(random.next() % 1030, random.next() % 300),
+        },
+        28 => Message::Content {
+            epoch,
+            id,
+            range,
+            body,
         },
         _ if random.one_in(2) => Message::Pong,
         _ => Message::Ping,

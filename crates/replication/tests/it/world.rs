@@ -529,7 +529,9 @@ impl World {
     pub(crate) fn finish_op(&mut self, id: NodeId, index: usize) {
         let node = self.node(id);
         let op = node.ops.remove(index);
-        let result = match node.disk.broken {
+        let unreadable = node.disk.is_unreadable(&op.kind);
+        let broken = node.disk.broken.or_else(|| unreadable.then_some("read"));
+        let result = match broken {
             Some(what) if what == op_name(&op.kind) => Err(DiskError {
                 what,
                 reason: "the test broke it".to_owned(),

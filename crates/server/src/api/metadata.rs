@@ -134,12 +134,14 @@ impl MetadataDump {
         node_of: impl Fn(ReplicaSlot) -> Option<String>,
     ) -> Self {
         let own = dump.superblock().map(|superblock| superblock.replica.slot);
-        let superblocks = (0..2u8).zip(&dump.slots).map(|(slot, found)| SuperblockSlot {
-            slot,
-            in_force: dump.in_force == Some(usize::from(slot)),
-            generation: found.as_ref().ok().map(|superblock| superblock.generation),
-            problem: found.as_ref().err().cloned(),
-        });
+        let superblocks = (0..2u8)
+            .zip(&dump.slots)
+            .map(|(slot, found)| SuperblockSlot {
+                slot,
+                in_force: dump.in_force == Some(usize::from(slot)),
+                generation: found.as_ref().ok().map(|superblock| superblock.generation),
+                problem: found.as_ref().err().cloned(),
+            });
         let activity_log = dump.activity.as_ref().map(|activity| ActivityLogDump {
             transaction: activity.number,
             regions: activity.regions.iter().map(|region| region.0).collect(),

@@ -17,9 +17,8 @@ use tokio::sync::broadcast;
 use super::{
     AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
     ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump,
-    MoveServiceRequest,
-    OrderRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
-    TokenRequest, VolumeStatus,
+    MoveServiceRequest, OrderRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
+    TokenAnswer, TokenRequest, VolumeStatus,
 };
 use crate::app::App;
 

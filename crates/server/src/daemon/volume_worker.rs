@@ -367,6 +367,7 @@ impl Worker {
                 | VolumeEvent::Closed { .. }
                 | VolumeEvent::Detached
                 | VolumeEvent::Verified { .. }
+                | VolumeEvent::Healed { .. }
                 | VolumeEvent::Peer { .. },
             ) => {}
             None if self
@@ -429,6 +430,19 @@ impl Worker {
             VolumeEvent::Verified { node, .. } => {
                 let node = self.shared.control.state().borrow().node_name(*node);
                 verified_words(&node, event)
+            }
+            VolumeEvent::Healed {
+                blocks,
+                from,
+                error,
+            } => {
+                let from = self.shared.control.state().borrow().node_name(*from);
+                let range = blocks.bytes();
+                let text = format!(
+                    "its disk here can't read {} bytes at {} ({error}); they were read from {from} and are written anew. Look at the disk",
+                    range.len, range.offset
+                );
+                (EventLevel::Warning, text)
             }
             // Told as a change of state.
             VolumeEvent::Peer { .. } => return,

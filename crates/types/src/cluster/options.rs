@@ -20,6 +20,51 @@ pub struct VolumeOptions {
     /// The primary compares the other replicas with its own this often, in seconds; `None`: only when
     /// it is asked to.
     pub verify_every_s: Option<u32>,
+    /// What becomes of a read that no replica can serve.
+    #[serde(default)]
+    pub on_io_error: OnIoError,
+    /// What requests do when the last replica that was in sync has lost its disk.
+    #[serde(default)]
+    pub on_no_data: OnNoData,
+    /// When a disk that does not answer counts as failed.
+    #[serde(default)]
+    pub disk_timeout: DiskTimeout,
+}
+
+/// `on-io-error`: what becomes of a read of the primary's disk that fails, and that no other replica in
+/// sync can answer. Failed writes and flushes always take the replica out of use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum OnIoError {
+    /// The replica is out of use.
+    #[default]
+    Detach,
+    /// The application gets the error, and the replica stays.
+    PassOn,
+}
+
+/// `on-no-data-accessible`
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum OnNoData {
+    /// Requests fail.
+    #[default]
+    Error,
+    /// Requests wait, unanswered, until their connection ends: when the volume is attached again or
+    /// opens elsewhere.
+    Suspend,
+}
+
+/// `disk-timeout`
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskTimeout {
+    /// Seconds that one operation of the disk may take; `None`: any time.
+    pub seconds: Option<u32>,
+}
+
+impl Default for DiskTimeout {
+    /// The kernel gives a SCSI disk 30 seconds for one try.
+    fn default() -> Self {
+        Self { seconds: Some(30) }
+    }
 }
 
 /// The protocol of one pair of replicas.
@@ -126,6 +171,58 @@ const TABLE: &[Entry] = &[
         show: |options, _| options.on_no_quorum.word().to_owned(),
         set: |options, _, value| {
             options.on_no_quorum = OnLoss::parse(value)?;
+            Some(())
+        },
+    },
+    Entry {
+        key: "on-io-error",
+        allowed: "detach or pass_on",
+        show: |options, _| {
+            match options.on_io_error {
+                OnIoError::Detach => "detach",
+                OnIoError::PassOn => "pass_on",
+            }
+            .to_owned()
+        },
+        set: |options, _, value| {
+            options.on_io_error = match value {
+                "detach" => OnIoError::Detach,
+                "pass_on" => OnIoError::PassOn,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Entry {
+        key: "on-no-data-accessible",
+        allowed: OnLoss::ALLOWED,
+        show: |options, _| {
+            match options.on_no_data {
+                OnNoData::Error => OnLoss::Error.word(),
+                OnNoData::Suspend => OnLoss::Suspend.word(),
+            }
+            .to_owned()
+        },
+        set: |options, _, value| {
+            options.on_no_data = match OnLoss::parse(value)? {
+                OnLoss::Error => OnNoData::Error,
+                OnLoss::Suspend => OnNoData::Suspend,
+            };
+            Some(())
+        },
+    },
+    Entry {
+        key: "disk-timeout",
+        allowed: "no, or a time from 1s to 1h, as 30s or 2min",
+        show: |options, _| {
+            let seconds = options.disk_timeout.seconds;
+            seconds.map_or_else(|| "no".to_owned(), |seconds| format!("{seconds}s"))
+        },
+        set: |options, _, value| {
+            options.disk_timeout.seconds = match value {
+                "no" => None,
+                value => Some(parse_seconds(value, 1, 3600)?),
+            };
             Some(())
         },
     },
@@ -351,6 +448,11 @@ mod tests {
         options.set(&state, "sndbuf-size", "65536").unwrap();
         options.set(&state, "congestion-fill", "32768").unwrap();
         options.set(&state, "congestion-extents", "7").unwrap();
+        options.set(&state, "on-io-error", "pass_on").unwrap();
+        let no_data = "on-no-data-accessible";
+        options.set(&state, no_data, "suspend-io").unwrap();
+        options.set(&state, "disk-timeout", "2min").unwrap();
+        assert_eq!(options.disk_timeout.seconds, Some(120));
         let mut again = VolumeOptions::default();
         for (key, value) in options.list(&state) {
             again.set(&state, key, &value).unwrap();

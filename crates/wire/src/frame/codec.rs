@@ -35,6 +35,8 @@ mod kind {
     pub(super) const DIGESTS: u8 = 21;
     pub(super) const DIFFER: u8 = 22;
     pub(super) const VERIFYING: u8 = 23;
+    pub(super) const READ_BLOCKS: u8 = 50;
+    pub(super) const CONTENT: u8 = 51;
 }
 
 const BODY_DATA: u8 = 0;
@@ -88,6 +90,22 @@ pub(super) fn write_fields(
             put_pair(out, kind::SYNC_WRITE, *epoch, *id);
             let data = put_body(out, kind::SYNC_WRITE, *range, body)?;
             return Ok((kind::SYNC_WRITE, data));
+        }
+        Message::Content {
+            epoch,
+            id,
+            range,
+            body,
+        } => {
+            put_pair(out, kind::CONTENT, *epoch, *id);
+            let data = put_body(out, kind::CONTENT, *range, body)?;
+            return Ok((kind::CONTENT, data));
+        }
+        Message::ReadBlocks { epoch, id, blocks } => {
+            put_pair(out, kind::READ_BLOCKS, *epoch, *id);
+            out.put_u64_le(blocks.first);
+            out.put_u64_le(blocks.count);
+            kind::READ_BLOCKS
         }
         Message::DirtyMap {
             epoch,
@@ -277,7 +295,7 @@ fn put_reason(out: &mut BytesMut, reason: &str) {
 /// Reads the fields of a message. Everything must be used up: fields and data.
 pub(super) fn read_fields(kind: u8, fields: &[u8], data: Bytes) -> Result<Message, FrameError> {
     let mut fields = Fields { kind, rest: fields };
-    if !data.is_empty() && !matches!(kind, kind::WRITE | kind::SYNC_WRITE) {
+    if !data.is_empty() && !matches!(kind, kind::WRITE | kind::SYNC_WRITE | kind::CONTENT) {
         return Err(fields.malformed("it carries data"));
     }
     let message = read_message(&mut fields, data)?;
@@ -360,6 +378,11 @@ fn read_message(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameEr
             first: fields.u64()?,
             digests: fields.digests()?,
         },
+        kind::READ_BLOCKS => Message::ReadBlocks {
+            epoch: fields.epoch()?,
+            id: fields.u64()?,
+            blocks: fields.run()?,
+        },
         kind::VERIFYING => Message::Verifying {
             epoch: fields.epoch()?,
             active: fields.bool()?,
@@ -367,11 +390,11 @@ fn read_message(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameEr
         kind::RECONCILE => Message::Reconcile {
             epoch: fields.epoch()?,
         },
-        _ => read_answer(fields)?,
+        _ => read_answer(fields, data)?,
     })
 }
 
-fn read_answer(fields: &mut Fields<'_>) -> Result<Message, FrameError> {
+fn read_answer(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameError> {
     Ok(match fields.kind {
         kind::UNCERTAIN => Message::Uncertain {
             epoch: fields.epoch()?,
@@ -403,6 +426,16 @@ fn read_answer(fields: &mut Fields<'_>) -> Result<Message, FrameError> {
             certain: fields.bool()?,
             blocks: fields.blocks()?,
         },
+        kind::CONTENT => {
+            let (epoch, id) = (fields.epoch()?, fields.u64()?);
+            let (range, body) = fields.body(data)?;
+            Message::Content {
+                epoch,
+                id,
+                range,
+                body,
+            }
+        }
         kind::REFUSE => Message::Refuse(fields.refusal()?),
         kind::DIFFER => Message::Differ {
             epoch: fields.epoch()?,
@@ -503,6 +536,14 @@ impl Fields<'_> {
         Ok(digests.iter().copied().map(BlockDigest).collect())
     }
 
+    fn run(&mut self) -> Result<BlockRange, FrameError> {
+        let run = BlockRange::new(self.u64()?, self.u64()?);
+        if run.first.checked_add(run.count).is_none() {
+            return Err(self.malformed("a run of blocks ends beyond 2^64"));
+        }
+        Ok(run)
+    }
+
     /// All that is left, as runs of blocks.
     fn blocks(&mut self) -> Result<Vec<BlockRange>, FrameError> {
         if !self.rest.len().is_multiple_of(16) {
@@ -510,11 +551,7 @@ impl Fields<'_> {
         }
         let mut blocks = Vec::with_capacity(self.rest.len() / 16);
         while !self.rest.is_empty() {
-            let run = BlockRange::new(self.u64()?, self.u64()?);
-            if run.first.checked_add(run.count).is_none() {
-                return Err(self.malformed("a run of blocks ends beyond 2^64"));
-            }
-            blocks.push(run);
+            blocks.push(self.run()?);
         }
         Ok(blocks)
     }

@@ -302,6 +302,19 @@ fn message() -> impl Strategy<Value = Message> {
             id,
             blocks
         }),
+        (pair(), 0..1u64 << 40, 0..1u64 << 20).prop_map(|((epoch, id), first, count)| {
+            Message::ReadBlocks {
+                epoch: Epoch(epoch),
+                id,
+                blocks: BlockRange::new(first, count),
+            }
+        }),
+        (pair(), body()).prop_map(|((epoch, id), (range, body))| Message::Content {
+            epoch: Epoch(epoch),
+            id,
+            range,
+            body
+        }),
         (epoch(), any::<bool>()).prop_map(|(epoch, active)| Message::Verifying { epoch, active }),
         any::<bool>().prop_map(|paused| Message::PauseSync { paused }),
         refusal().prop_map(Message::Refuse),

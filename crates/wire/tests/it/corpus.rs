@@ -6,7 +6,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 27;
+pub(crate) const KINDS: usize = 29;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
@@ -138,7 +138,21 @@ pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
             wanted: random.one_in(2),
         },
         24 => Message::Received { epoch, seq },
-        25 => Message::Ping,
+        25 => Message::ReadBlocks {
+            epoch,
+            id,
+            blocks: BlockRange::new(random.number() >> 20, random.number() % 9000),
+        },
+        26 => {
+            let (range, body) = body(random);
+            Message::Content {
+                epoch,
+                id,
+                range,
+                body,
+            }
+        }
+        27 => Message::Ping,
         _ => Message::Pong,
     }
 }

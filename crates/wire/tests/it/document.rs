@@ -207,7 +207,19 @@ fn fields(message: &Message) -> Vec<(&'static str, Vec<u8>)> {
             all.push(("dirty_for", vec![*dirty_for]));
             all
         }
+        Message::ReadBlocks { epoch, id, blocks } => {
+            let mut all = epoch_and(epoch, "id", number(*id));
+            all.push(("first", number(blocks.first)));
+            all.push(("count", number(blocks.count)));
+            all
+        }
         Message::SyncWrite {
+            epoch,
+            id,
+            range,
+            body,
+        }
+        | Message::Content {
             epoch,
             id,
             range,

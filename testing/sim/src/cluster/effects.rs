@@ -369,7 +369,14 @@ impl Cluster {
                 }
             }
             VolumeEvent::Detached => self.detached(node),
-            VolumeEvent::DiskFailed { .. } => {
+            VolumeEvent::Healed { .. } => {
+                self.marks
+                    .reached("a read error was healed from another replica");
+            }
+            VolumeEvent::DiskFailed { reason } => {
+                if reason.contains("disk-timeout") {
+                    self.marks.reached("a disk that hung was given up");
+                }
                 process.disk_failed = true;
                 self.person_needed = true;
                 let open = process.open.take().is_some();

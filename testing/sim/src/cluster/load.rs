@@ -241,7 +241,9 @@ impl Cluster {
                     .process
                     .as_ref()
                     .is_some_and(|process| !process.disk_failed);
-                if error == ReplyError::Io && attached && self.machines[node].open().is_some() {
+                let reads = matches!(pending.what, What::Read(_));
+                let open = self.machines[node].open().is_some();
+                if error == ReplyError::Io && attached && open && !reads {
                     self.marks.reached("requests failed without a majority");
                 }
                 match pending.what {

@@ -20,7 +20,8 @@ use std::{sync::Arc, time::Duration};
 
 use relevo_replication::{Engine, EngineConfig, Input, lab::Lab};
 use relevo_types::{
-    BLOCK_SIZE, Instance, LeaseGeneration, LineageId, NodeId, Time, cluster::Command,
+    BLOCK_SIZE, Instance, LeaseGeneration, LineageId, NodeId, Time,
+    cluster::{Command, VolumeOptions},
 };
 
 use crate::{
@@ -229,7 +230,16 @@ impl Cluster {
             lineage,
             scenario.sensitivity,
         )
-        .and_then(|control| control.with_options(scenario.congestion, scenario.on_no_quorum))
+        .and_then(|control| {
+            let (on_io_error, disk_timeout) = scenario.disk_trouble;
+            control.with_options(VolumeOptions {
+                congestion: scenario.congestion,
+                on_no_quorum: scenario.on_no_quorum,
+                on_io_error,
+                disk_timeout,
+                ..VolumeOptions::default()
+            })
+        })
         .map_err(|rejection| setup(rejection.to_string()))?;
         let control = if scenario.managed {
             control
