@@ -6,6 +6,7 @@
 //! directory, unless a [`Fault`] is switched on. Direct I/O and io_uring work on it.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     fs::File,
     io,
@@ -45,6 +46,8 @@ const VALID: Duration = Duration::from_secs(3600);
 pub enum Fault {
     /// Reads fail with `EIO`.
     Read,
+    /// Reads of blocks fail with `EIO` until they are written: what a medium that went bad does.
+    Sectors,
     /// Writes fail with `EIO`; nothing of them is written.
     Write,
     /// Writes fail with `ENOSPC`; nothing of them is written.
@@ -79,6 +82,8 @@ struct State {
     fault: Option<Fault>,
     /// How often the fault struck.
     hits: u64,
+    /// Blocks that were written since then.
+    rewritten: BTreeSet<u64>,
 }
 
 impl Switch {
@@ -102,6 +107,29 @@ impl Switch {
         state.hits += u64::from(fault.is_some());
         fault
     }
+}
+
+impl Switch {
+    /// Whether bad sectors strike a read.
+    fn strikes_sectors(&self, offset: u64, len: u64) -> bool {
+        let mut state = self.lock();
+        let strikes = state.fault == Some(Fault::Sectors)
+            && blocks_of(offset, len).any(|block| !state.rewritten.contains(&block));
+        state.hits += u64::from(strikes);
+        strikes
+    }
+
+    /// Something was written.
+    fn wrote(&self, offset: u64, len: u64) {
+        let mut state = self.lock();
+        if state.fault == Some(Fault::Sectors) {
+            state.rewritten.extend(blocks_of(offset, len));
+        }
+    }
+}
+
+fn blocks_of(offset: u64, len: u64) -> impl Iterator<Item = u64> {
+    offset / 4096..(offset + len).div_ceil(4096)
 }
 
 impl FaultyDisk {
@@ -174,6 +202,7 @@ impl FaultyDisk {
     pub fn set(&self, fault: Option<Fault>) -> u64 {
         let mut state = self.switch.lock();
         state.fault = fault;
+        state.rewritten.clear();
         self.switch.changed.notify_all();
         std::mem::take(&mut state.hits)
     }
@@ -252,7 +281,11 @@ impl Disk {
             .switch
             .strikes(&[Fault::Write, Fault::Full, Fault::Torn])
         {
-            None => self.file.write_all_at(data, offset).map_err(errno),
+            None => {
+                self.file.write_all_at(data, offset).map_err(errno)?;
+                self.switch.wrote(offset, data.len() as u64);
+                Ok(())
+            }
             Some(Fault::Full) => Err(Errno::ENOSPC),
             Some(Fault::Torn) => {
                 let half = data.len() / 2 / SECTOR * SECTOR;
@@ -320,6 +353,9 @@ impl fuser::Filesystem for Disk {
             return reply.error(Errno::EIO);
         }
         let len = u64::from(size).min(self.size.saturating_sub(offset));
+        if self.switch.strikes_sectors(offset, len) {
+            return reply.error(Errno::EIO);
+        }
         let mut buffer = vec![0; usize::try_from(len).unwrap_or(0)];
         match self.file.read_exact_at(&mut buffer, offset) {
             Ok(()) => reply.data(&buffer),
@@ -395,7 +431,10 @@ impl fuser::Filesystem for Disk {
         }
         let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
         match rustix::fs::fallocate(&self.file, mode, offset, length) {
-            Ok(()) => reply.ok(),
+            Ok(()) => {
+                self.switch.wrote(offset, length);
+                reply.ok();
+            }
             Err(error) => reply.error(errno(error.into())),
         }
     }

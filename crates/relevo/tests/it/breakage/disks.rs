@@ -44,15 +44,75 @@ fn the_disk_of_the_primary_fails() {
     Stage::play(
         &pair_with_faulty_disks("the_disk_of_the_primary_fails"),
         |stage, _| {
-            for fault in [
-                Fault::Read,
-                Fault::Write,
-                Fault::Flush,
-                Fault::Full,
-                Fault::Torn,
-            ] {
+            for fault in [Fault::Write, Fault::Flush, Fault::Full, Fault::Torn] {
                 let victim = stage.primary();
                 fails(stage, &victim, fault);
+            }
+        },
+    );
+}
+
+/// The medium of the primary went bad all over. What can't be read comes from the other replica and is
+/// written anew; the service stays where it is, and nobody leaves the in-sync set.
+#[test]
+fn bad_sectors_of_the_primary_are_healed() {
+    Stage::play(
+        &pair_with_faulty_disks("bad_sectors_of_the_primary_are_healed"),
+        |stage, _| {
+            let primary = stage.primary();
+            let other = stage.secondary();
+            stage.disk(&primary).set(Some(Fault::Sectors));
+            chaos::eventually(Duration::from_secs(20), "reads fail", || {
+                stage.disk(&primary).hits() > 3
+            });
+            stage.expect_progress();
+            stage.expect_answer(&primary, &["events"], "are written anew");
+            assert_eq!(stage.primary(), primary);
+            let in_sync = stage.volume()["in_sync"].to_string();
+            assert!(
+                in_sync.contains(&primary) && in_sync.contains(&other),
+                "{in_sync}"
+            );
+            stage.disk(&primary).set(None);
+            stage.expect_whole();
+        },
+    );
+}
+
+/// A primary that can read nothing at all: what it wrote anew fails again, and its disk counts as failed.
+#[test]
+fn a_primary_that_can_read_nothing_leaves() {
+    Stage::play(
+        &pair_with_faulty_disks("a_primary_that_can_read_nothing_leaves"),
+        |stage, _| {
+            let primary = stage.primary();
+            fails(stage, &primary, Fault::Read);
+        },
+    );
+}
+
+/// A disk that answers nothing for `disk-timeout` counts as failed, on either side.
+#[test]
+fn a_disk_that_hangs_for_disk_timeout_leaves() {
+    Stage::play(
+        &pair_with_faulty_disks("a_disk_that_hangs_for_disk_timeout_leaves"),
+        |stage, _| {
+            let primary = stage.primary();
+            let set = ["volume", "set", "mail", "disk-timeout=2s"];
+            stage.say(&primary, &set);
+            for primary in [false, true] {
+                let victim = if primary {
+                    stage.primary()
+                } else {
+                    stage.secondary()
+                };
+                stage.disk(&victim).set(Some(Fault::Hang));
+                stage.expect_answer(&victim, &["events"], "within `disk-timeout`");
+                stage.expect_out_of_sync(&victim);
+                stage.expect_progress();
+                stage.disk(&victim).set(None);
+                stage.say(&victim, &["attach", "mail"]);
+                stage.expect_whole();
             }
         },
     );
