@@ -52,6 +52,8 @@ pub enum PlantedBug {
     JoinWhilePaused,
     /// A write passes between reading a range for verification and sending its digests.
     VerifyOutsideGate,
+    /// Who is asked for blocks that the disk here can't read need not be in sync (rule 4).
+    HealFromAnybody,
     /// What verification found is marked while the replica is still a member (rule 4).
     RepairWithoutLeave,
 }

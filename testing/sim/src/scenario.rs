@@ -38,6 +38,7 @@ impl Planted {
         (PlantedBug::JoinWhilePaused, "join-while-paused"),
         (PlantedBug::VerifyOutsideGate, "verify-outside-gate"),
         (PlantedBug::RepairWithoutLeave, "repair-without-leave"),
+        (PlantedBug::HealFromAnybody, "heal-from-anybody"),
     ];
 
     /// Its name on the command line.

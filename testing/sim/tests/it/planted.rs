@@ -26,6 +26,10 @@ fn caught(bug: PlantedBug) {
             // loses its heartbeats alone, and not too much else at the same time.
             scenario.faults = vec![(Fault::Zombie, 1)];
         }
+        if bug == PlantedBug::HealFromAnybody {
+            // A disk fails to read while another replica is behind; nothing else does.
+            scenario.faults = vec![(Fault::DiskError, 1), (Fault::CutPair, 1)];
+        }
         scenario
     };
     let mut from = 0;
@@ -110,4 +114,9 @@ fn verifying_outside_the_gate_is_caught() {
 #[test]
 fn repairing_a_member_is_caught() {
     caught(PlantedBug::RepairWithoutLeave);
+}
+
+#[test]
+fn healing_from_a_replica_that_is_not_in_sync_is_caught() {
+    caught(PlantedBug::HealFromAnybody);
 }
