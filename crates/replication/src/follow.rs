@@ -8,18 +8,20 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use relevo_types::{
-    BLOCK_SIZE, Epoch, NodeId,
+    BLOCK_SIZE, BlockRange, Epoch, NodeId,
     cluster::{OnCongestion, Protocol},
 };
 use relevo_wire::{Body, Message};
 
 use crate::{
+    bitmap::Blocks,
     io::BehindBy,
     jobs::Owner,
     lab::PlantedBug,
     link::Part,
-    machine::{Machine, mask},
+    machine::{Machine, mask, slots_of},
     ops::Cx,
+    primary::Write,
     sync::Stage,
 };
 
@@ -200,6 +202,50 @@ impl Machine {
         }
     }
 
+    /// Tells the target of a resync which of the blocks that it gets now a required replica may not have
+    /// on its disk: a write that was complete by its receipt (protocol B) may be lost there by a crash,
+    /// without a trace in its own log. The target did not get the write itself, so that it is in no tail
+    /// of its; if this primary is gone and that replica is the next one, only the target can say that the
+    /// two differ.
+    pub(crate) fn tell_in_doubt(&mut self, cx: &mut Cx<'_>, peer: NodeId, blocks: BlockRange) {
+        let (Some(primary), Some(slot)) = (self.primary(), self.slot(peer)) else {
+            return;
+        };
+        let required = self.required() & !mask(slot);
+        let mut doubt = Blocks::default();
+        let unwritten = |write: &&Write| write.complete && write.acked & required != required;
+        for write in primary.writes.values().filter(unwritten) {
+            if let Some(both) = overlap(write.blocks, blocks) {
+                doubt.set(both, |_| {});
+            }
+        }
+        for member in slots_of(required) {
+            let marks = self.meta.bitmaps.of(member);
+            let mut from = blocks.first;
+            while let Some(run) = marks.next_run(from, blocks.count) {
+                let Some(both) = overlap(run, blocks) else {
+                    break;
+                };
+                doubt.set(both, |_| {});
+                from = both.end();
+            }
+        }
+        if doubt.is_empty() {
+            return;
+        }
+        let epoch = primary.epoch;
+        let blocks = doubt.runs(u64::MAX).collect();
+        self.send(
+            cx,
+            peer,
+            Message::DirtyMap {
+                epoch,
+                slot,
+                blocks,
+            },
+        );
+    }
+
     /// How far the replicas of protocol A are behind.
     pub(crate) fn behind(&self) -> BTreeMap<NodeId, BehindBy> {
         let Some(primary) = self.primary() else {
@@ -262,4 +308,11 @@ impl Machine {
             incoming.part = part;
         }
     }
+}
+
+/// What two runs share.
+fn overlap(one: BlockRange, other: BlockRange) -> Option<BlockRange> {
+    let first = one.first.max(other.first);
+    let end = one.end().min(other.end());
+    (first < end).then(|| BlockRange::new(first, end - first))
 }

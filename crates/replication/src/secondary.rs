@@ -358,8 +358,14 @@ impl Machine {
     ) {
         if self.reign(peer) == Some(epoch) && epoch >= self.seen_epoch() {
             self.use_slots(mask(slot));
+            let own = self.meta.own_slot();
             for run in blocks {
-                self.mark_dirty(mask(slot), *run);
+                if slot == own {
+                    // About this replica: a member may lack what this one is about to be given.
+                    self.meta.bitmaps.set(own, *run);
+                } else {
+                    self.mark_dirty(mask(slot), *run);
+                }
             }
         }
     }

@@ -272,6 +272,7 @@ impl Machine {
         {
             self.meta.bitmaps.clear(slot, blocks);
         }
+        self.tell_in_doubt(cx, peer, blocks);
         let body = if is_zero(&data) {
             Body::Zeroes
         } else {

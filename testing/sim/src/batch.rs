@@ -157,12 +157,18 @@ pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// The seeds of a file: one a line with its story behind it; `#` begins a comment.
+/// The scenarios of a file of seeds: one a line with its story behind it; `managed` before the number means
+/// with the real managers; `#` begins a comment.
 #[must_use]
-pub fn seeds_of(text: &str) -> Vec<u64> {
-    text.lines()
-        .filter_map(|line| line.split_whitespace().next()?.parse().ok())
-        .collect()
+pub fn scenarios_of(text: &str) -> Vec<Scenario> {
+    let scenario = |line: &str| {
+        let mut words = line.split_whitespace();
+        Some(match words.next()? {
+            "managed" => Scenario::managed(words.next()?.parse().ok()?),
+            seed => Scenario::of_seed(seed.parse().ok()?),
+        })
+    };
+    text.lines().filter_map(scenario).collect()
 }
 
 impl Totals {
@@ -196,6 +202,8 @@ mod tests {
 
     #[test]
     fn a_seed_file_has_a_story_behind_each_seed() {
-        assert_eq!(seeds_of("# why\n12 lost write\n\n7\tpanic\n"), [12, 7]);
+        let found = scenarios_of("# why\n12 lost write\n\nmanaged 7\tpanic\n");
+        let found: Vec<_> = found.iter().map(|it| (it.seed, it.managed)).collect();
+        assert_eq!(found, [(12, false), (7, true)]);
     }
 }

@@ -11,6 +11,7 @@ pub const ALL: &[&str] = &[
     "requests failed without a majority",
     "a read error was healed from another replica",
     "a disk that hung was given up",
+    "an operator invalidated a replica",
     "an operator disconnected a replica",
     "an operator paused a resync",
     "a paused resync went on",

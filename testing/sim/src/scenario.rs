@@ -312,8 +312,6 @@ impl Scenario {
         scenario.faults.push((Fault::MoveService, 3));
         Self {
             managed: true,
-            // Not yet: what rots and is found while managers act is told apart wrongly by the checker.
-            rot: false,
             witness: scenario.data_nodes == 2 || scenario.witness,
             // Only replicas that can be in sync by themselves: nobody moves a service elsewhere yet.
             protocols: scenario.protocols.map(|own| own.max(Protocol::B)),

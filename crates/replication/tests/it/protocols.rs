@@ -355,3 +355,37 @@ fn a_follower_is_never_promoted_by_itself() {
     assert_eq!(world.volume().primary, None);
     assert!(!world.status(B).open);
 }
+
+/// A write is complete because a member received it; a follower gets it by its resync, not as a write.
+/// Then the member crashes without a trace of it, and the primary is gone.
+#[test]
+fn a_follower_knows_what_a_member_may_lose_that_it_was_copied() {
+    let mut world = World::mixed(&[Receipt, Receipt, Async], 1024);
+    world.pass_ms(10);
+    world.crash(C, false);
+    world.pass_ms(10);
+    world.node(B).disk.stalled = true;
+    let write = world.write(A, 700, 1, 7);
+    world.pass_ms(10);
+    assert!(world.is_acked(write));
+    world.start(C);
+    world.run();
+    world.connect(A, C);
+    world.pass_ms(300);
+    assert_eq!(block(&world, C, 700), 7);
+    // What was not in doubt is not marked for that.
+    assert_eq!(dirty(&world, C, C), 1);
+    world.node(B).ops.clear();
+    world.crash(B, false);
+    world.crash(A, false);
+    world.node(B).disk.stalled = false;
+    world.evict(A);
+    world.promote(B);
+    world.start(B);
+    world.run();
+    world.connect(B, C);
+    world.pass_ms(5000);
+    assert!(world.status(B).open);
+    assert_eq!(world.status(B).peers[&C], PeerState::Following);
+    assert!(world.same(B, C));
+}

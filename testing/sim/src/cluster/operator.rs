@@ -10,6 +10,10 @@ use crate::{check::Verdict, net::Index};
 impl Cluster {
     /// Gives an order to an engine, and the opposite one a while later.
     pub(super) fn give_orders(&mut self, node: Index) -> Verdict {
+        if self.chance.trouble.chance(20.0) {
+            self.marks.reached("an operator invalidated a replica");
+            return self.order(node, Order::Invalidate);
+        }
         let (order, opposite) = if self.chance.trouble.chance(30.0) {
             self.marks
                 .reached("an operator verified while all was in use");

@@ -153,7 +153,12 @@ impl Cluster {
         })
     }
 
-    fn wait_for(&mut self, until: Time, what: &str, done: impl Fn(&Self) -> bool) -> Verdict {
+    pub(super) fn wait_for(
+        &mut self,
+        until: Time,
+        what: &str,
+        done: impl Fn(&Self) -> bool,
+    ) -> Verdict {
         while !done(self) {
             if self.queue.now() >= until {
                 return Err(Violation::new(

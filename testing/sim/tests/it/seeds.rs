@@ -20,8 +20,8 @@ fn seeds() -> u64 {
 
 #[test]
 fn seeds_that_ever_failed_pass() {
-    for seed in batch::seeds_of(include_str!("../../seeds.txt")) {
-        if let Err(failure) = batch::run_with_story(&Scenario::of_seed(seed)) {
+    for scenario in batch::scenarios_of(include_str!("../../seeds.txt")) {
+        if let Err(failure) = batch::run_with_story(&scenario) {
             panic!("{failure}");
         }
     }
