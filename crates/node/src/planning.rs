@@ -150,7 +150,8 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
             volume: id, change, ..
         } => {
             let what = match change {
-                VolumeChange::Promote { node: to } => {
+                VolumeChange::Promote { node: to }
+                | VolumeChange::PromoteUncertain { node: to } => {
                     format!("{} is primary of volume {}", node(to), volume(id))
                 }
                 VolumeChange::Demote { node: from } => {

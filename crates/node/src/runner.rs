@@ -548,10 +548,15 @@ fn promote(
             "this node is not in sync on volume `{name}` any more"
         ))),
         None => {
+            let node = context.me;
             let command = Command::Volume {
                 volume: id,
                 expect: volume.epoch,
-                change: VolumeChange::Promote { node: context.me },
+                change: if context.engines.is_uncertain(id) {
+                    VolumeChange::PromoteUncertain { node }
+                } else {
+                    VolumeChange::Promote { node }
+                },
             };
             let reason = format!("{service}: this node holds the service and needs the volume");
             let revision = context.state.revision;

@@ -102,6 +102,13 @@ impl Engines {
         })
     }
 
+    /// It may lack what it acknowledged, as far as is known.
+    pub(crate) fn is_uncertain(&self, volume: VolumeId) -> bool {
+        self.engines
+            .get(&volume)
+            .is_none_or(|engine| !engine.status.certain)
+    }
+
     pub(crate) fn disk(&self, volume: VolumeId) -> Option<DiskState> {
         self.engines.get(&volume).map(|engine| engine.status.disk)
     }

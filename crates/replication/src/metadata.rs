@@ -36,6 +36,8 @@ pub(crate) struct Metadata {
     last_ticket: u64,
     durable: Ticket,
     durable_epoch: Epoch,
+    /// The superblock on stable storage says that the replica is in use.
+    durably_in_use: bool,
     commit: Option<Commit>,
 }
 
@@ -56,6 +58,7 @@ struct Commit {
     under_way: usize,
     flushing: bool,
     epoch: Epoch,
+    in_use: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,6 +72,7 @@ impl Metadata {
         Self {
             tag: superblock.replica.identity.tag(),
             durable_epoch: superblock.epoch,
+            durably_in_use: !superblock.clean,
             superblock,
             bitmaps,
             activity,
@@ -91,6 +95,12 @@ impl Metadata {
     /// The highest epoch that is on stable storage.
     pub(crate) fn durable_epoch(&self) -> Epoch {
         self.durable_epoch
+    }
+
+    /// Whether a crash from here on is seen at the next attach: not before the first write since a clean
+    /// one.
+    pub(crate) fn is_durably_in_use(&self) -> bool {
+        self.durably_in_use
     }
 
     pub(crate) fn is_durable(&self, ticket: Ticket) -> bool {
@@ -173,6 +183,7 @@ impl Metadata {
             under_way: 0,
             flushing: false,
             epoch: self.durable_epoch,
+            in_use: self.durably_in_use,
         };
         let drops = commit.plan.as_ref().is_some_and(|plan| plan.drops);
         if wanted.bitmaps || drops {
@@ -201,6 +212,7 @@ impl Metadata {
             let offset = self.layout().superblock_block(self.superblock.generation);
             commit.queue.push_back((offset, self.superblock.encode()));
             commit.epoch = self.superblock.epoch;
+            commit.in_use = !self.superblock.clean;
         }
     }
 
@@ -232,6 +244,7 @@ impl Metadata {
         if let Some(commit) = self.commit.take() {
             self.durable = commit.covers;
             self.durable_epoch = commit.epoch;
+            self.durably_in_use = commit.in_use;
         }
         true
     }

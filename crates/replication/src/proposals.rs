@@ -79,7 +79,9 @@ impl Proposals {
             }
             VolumeChange::Join { node } => format!("that {node} joins the in-sync set"),
             VolumeChange::Demote { node } => format!("that {node} steps down"),
-            VolumeChange::Promote { node } => format!("that {node} becomes primary"),
+            VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } => {
+                format!("that {node} becomes primary")
+            }
         };
         Some(format!("the control log to commit {what}"))
     }

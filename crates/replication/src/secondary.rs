@@ -259,7 +259,10 @@ impl Machine {
             return;
         }
         let reply = self.reply_to(peer, epoch);
+        // Not while a crash would go unnoticed: it would take the write back, and this replica would count
+        // as one that has everything.
         let receipt = !fua
+            && self.meta.is_durably_in_use()
             && self
                 .links
                 .get(&peer)

@@ -140,10 +140,17 @@ impl Machine {
                 if missing.is_empty() {
                     words.push("the replicas to agree on the last writes".to_owned());
                 } else {
-                    words.push(format!(
+                    let mut wait = format!(
                         "in-sync replica {missing} to tell its last writes, since {:?}",
                         promotion.since
-                    ));
+                    );
+                    if !self.certain {
+                        wait.push_str(&format!(
+                            " (this replica restarted uncleanly and may lack some: it goes on alone if no answer comes within {} ms)",
+                            self.patience().as_millis()
+                        ));
+                    }
+                    words.push(wait);
                 }
                 words
             }

@@ -216,6 +216,9 @@ pub fn words(command: &Command) -> String {
     match command {
         Command::Volume { expect, change, .. } => match change {
             VolumeChange::Promote { node } => format!("promote {node} at {expect}"),
+            VolumeChange::PromoteUncertain { node } => {
+                format!("promote {node}, uncertain, at {expect}")
+            }
             VolumeChange::Demote { node } => format!("demote {node} at {expect}"),
             VolumeChange::Leave { nodes } => format!("leave {nodes:?} at {expect}"),
             VolumeChange::Join { node } => format!("join {node} at {expect}"),

@@ -12,6 +12,7 @@ pub const ALL: &[&str] = &[
     "a read error was healed from another replica",
     "a disk that hung was given up",
     "an operator invalidated a replica",
+    "an uncertain replica was promoted with an evicted member",
     "an operator disconnected a replica",
     "an operator paused a resync",
     "a paused resync went on",

@@ -618,6 +618,7 @@ fn brief(command: &Command) -> String {
         },
         Command::Volume { change, .. } => match change {
             VolumeChange::Promote { node } => format!("promote {node}"),
+            VolumeChange::PromoteUncertain { node } => format!("promote {node}, uncertain"),
             VolumeChange::Demote { node } => format!("demote {node}"),
             other => format!("{other:?}"),
         },

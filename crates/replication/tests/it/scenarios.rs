@@ -1,7 +1,10 @@
 //! One story each.
 
 use relevo_replication::{AppRequest, DiskState, Input, PeerState, ReplyError, VolumeEvent};
-use relevo_types::{ByteRange, Epoch, cluster::VolumeChange};
+use relevo_types::{
+    ByteRange, Epoch, NodeId,
+    cluster::{Command, Proof, Protocol, VolumeChange},
+};
 
 use relevo_wire::{Body, Message};
 
@@ -491,4 +494,95 @@ fn bad_requests_are_the_callers_mistake() {
     }
     let write = world.write(B, 0, 1, 1);
     assert_eq!(world.replies[&write], Err(ReplyError::NotPrimary));
+}
+
+/// B lost what it had only received, by a crash that A had no time to have committed before it was
+/// evicted. Promoted, B must hear A, which is alive and back in time.
+#[test]
+fn an_uncertain_replica_hears_the_evicted_primary_that_knows_more() {
+    let mut world = World::mixed(&[Protocol::B, Protocol::B], 1024);
+    let write = lose_at_b(&mut world);
+    assert!(world.is_acked(write));
+    promote_as_it_is(&mut world, B);
+    world.pass_ms(100);
+    assert!(!world.status(B).open);
+    let waiting = world.status(B).waiting.unwrap();
+    assert!(waiting.contains("n1"), "{waiting}");
+    readmit(&mut world, A);
+    world.connect_all();
+    world.pass_ms(1000);
+    assert_eq!(world.volume().primary, None, "B stepped down");
+    promote_as_it_is(&mut world, A);
+    world.pass_ms(1000);
+    assert!(world.status(A).open);
+    assert_eq!((block(&world, A, 700), block(&world, B, 700)), (6, 6));
+}
+
+/// The same, but A does not come back: after its patience B goes on with what it has.
+#[test]
+fn an_uncertain_replica_goes_on_without_the_evicted_primary_after_its_patience() {
+    let mut world = World::mixed(&[Protocol::B, Protocol::B], 1024);
+    lose_at_b(&mut world);
+    world.crash(A, false);
+    promote_as_it_is(&mut world, B);
+    world.pass_ms(1400);
+    assert!(!world.status(B).open);
+    world.pass_ms(300);
+    assert!(world.status(B).open);
+    assert_eq!(world.volume().in_sync.len(), 1);
+}
+
+/// A certain survivor waits for nobody who was evicted.
+#[test]
+fn a_certain_replica_opens_at_once_without_the_evicted_primary() {
+    let mut world = World::opened(2, 1024, A);
+    world.crash(A, false);
+    evict_for_now(&mut world, A);
+    promote_as_it_is(&mut world, B);
+    world.run();
+    assert!(world.status(B).open);
+}
+
+/// The promotion as the node asks for it itself: it says whether it may lack something.
+fn promote_as_it_is(world: &mut World, node: NodeId) {
+    let epoch = world.volume().epoch;
+    let change = if world.status(node).certain {
+        VolumeChange::Promote { node }
+    } else {
+        VolumeChange::PromoteUncertain { node }
+    };
+    world.change(epoch, change);
+}
+
+fn evict_for_now(world: &mut World, node: NodeId) {
+    let generation = world.control.nodes[&node].lease.generation;
+    world.command(&Command::Evict {
+        node,
+        generation,
+        proof: Proof::Goodbye,
+    });
+}
+
+fn readmit(world: &mut World, node: NodeId) {
+    let generation = world.control.nodes[&node].lease.generation;
+    world.command(&Command::Readmit { node, generation });
+}
+
+fn lose_at_b(world: &mut World) -> relevo_replication::RequestId {
+    world.write(A, 0, 1, 5);
+    world.pass_ms(10);
+    world.node(B).disk.stalled = true;
+    let write = world.write(A, 700, 1, 6);
+    world.pass_ms(10);
+    world.node(B).ops.clear();
+    world.commits = false;
+    world.crash(B, false);
+    world.node(B).disk.stalled = false;
+    world.run();
+    evict_for_now(world, A);
+    world.start(B);
+    world.run();
+    world.proposals.clear();
+    world.commits = true;
+    write
 }

@@ -429,7 +429,7 @@ impl ClusterState {
     }
 
     fn change_volume(&mut self, id: VolumeId, expect: Epoch, change: &VolumeChange) -> Applied {
-        if let VolumeChange::Promote { node } = change
+        if let VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } = change
             && self.data_node(*node)?.lease.evicted
         {
             return Err(Rejection::Evicted { node: *node });
@@ -452,7 +452,7 @@ impl ClusterState {
         }
         let epoch = volume.epoch.next();
         match change {
-            VolumeChange::Promote { node } => {
+            VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } => {
                 if let Some(primary) = volume.primary {
                     return Err(Rejection::HasPrimary { primary });
                 }
@@ -461,10 +461,13 @@ impl ClusterState {
                 }
                 volume.primary = Some(*node);
                 // A member that was evicted can't answer the new primary's reconciliation: it
-                // leaves in the same step and is resynced when it returns.
-                volume
-                    .in_sync
-                    .retain(|member| member == node || !evicted.contains(member));
+                // leaves in the same step and is resynced when it returns. Unless the new primary
+                // does not know itself what was acknowledged: then it must hear whoever may know.
+                if matches!(change, VolumeChange::Promote { .. }) {
+                    volume
+                        .in_sync
+                        .retain(|member| member == node || !evicted.contains(member));
+                }
             }
             VolumeChange::Demote { node } => {
                 if volume.primary != Some(*node) {

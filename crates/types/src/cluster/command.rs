@@ -192,6 +192,13 @@ pub enum VolumeChange {
         /// The node.
         node: NodeId,
     },
+    /// The same, by a replica that restarted uncleanly and may lack what it acknowledged. Evicted members
+    /// stay: one of them may have it, and is asked if it comes back in time; the new primary lets it leave
+    /// if it does not.
+    PromoteUncertain {
+        /// The node.
+        node: NodeId,
+    },
     /// The primary steps down, with everything it acknowledged on every in-sync replica.
     Demote {
         /// The primary.

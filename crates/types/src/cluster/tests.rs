@@ -226,6 +226,37 @@ fn only_an_in_sync_replica_of_a_volume_without_primary_is_promoted() {
 }
 
 #[test]
+fn an_uncertain_replica_is_promoted_with_the_evicted_members() {
+    let evict = Command::Evict {
+        node: A,
+        generation: LeaseGeneration(1),
+        proof: Proof::Condemned { by: vec![B, W] },
+    };
+    let promoted = |promote: VolumeChange| {
+        let mut state = with_volume();
+        state
+            .apply(&change(1, VolumeChange::Promote { node: A }))
+            .unwrap();
+        state.apply(&evict).unwrap();
+        state.apply(&change(3, promote)).unwrap();
+        let volume = &state.volumes[&V];
+        assert_eq!((volume.primary, volume.epoch), (Some(B), Epoch(4)));
+        volume.in_sync.iter().copied().collect::<Vec<_>>()
+    };
+    assert_eq!(promoted(VolumeChange::Promote { node: B }), [B]);
+    assert_eq!(promoted(VolumeChange::PromoteUncertain { node: B }), [A, B]);
+    let mut state = with_volume();
+    state
+        .apply(&change(1, VolumeChange::Promote { node: A }))
+        .unwrap();
+    state.apply(&evict).unwrap();
+    assert_eq!(
+        state.apply(&change(3, VolumeChange::PromoteUncertain { node: A })),
+        Err(Rejection::Evicted { node: A })
+    );
+}
+
+#[test]
 fn eviction_needs_a_majority_and_takes_everything() {
     let mut state = with_volume();
     state

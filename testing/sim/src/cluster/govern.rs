@@ -10,7 +10,7 @@ use relevo_types::{
     cluster::{Command, Outcome, Proof, Rejection, VolumeChange},
 };
 
-use super::{Cluster, Event, View, index_of};
+use super::{Cluster, Event, View, index_of, node_id};
 use crate::{
     check::Verdict,
     control::{VOLUME, volume_command, words},
@@ -133,6 +133,15 @@ impl Cluster {
                 }
                 VolumeChange::Demote { .. } => self.marks.reached("commit: demote"),
                 VolumeChange::Promote { node } => self.ambush(index_of(*node)),
+                VolumeChange::PromoteUncertain { node } => {
+                    let nodes = &self.control.state().nodes;
+                    let evicted = |member: &NodeId| nodes[member].lease.evicted;
+                    if self.control.volume().in_sync.iter().any(evicted) {
+                        self.marks
+                            .reached("an uncertain replica was promoted with an evicted member");
+                    }
+                    self.ambush(index_of(*node));
+                }
             },
             Command::Evict { .. } => self.marks.reached("commit: evict, condemned"),
             _ => {}
@@ -358,10 +367,7 @@ impl Cluster {
         let patience = if wanted { 60.0 } else { percent_each(MODESTY) };
         let expect = volume.epoch;
         if self.chance.node.chance(patience) {
-            self.propose(
-                node,
-                volume_command(expect, VolumeChange::Promote { node: id }),
-            );
+            self.propose(node, volume_command(expect, self.promotion_of(node)));
         }
     }
 
@@ -387,10 +393,19 @@ impl Cluster {
             .collect();
         if !members.is_empty() {
             let member = self.chance.node.pick(&members);
-            self.propose(
-                node,
-                volume_command(volume.epoch, VolumeChange::Promote { node: member }),
-            );
+            let promotion = self.promotion_of(index_of(member));
+            self.propose(node, volume_command(volume.epoch, promotion));
+        }
+    }
+
+    /// The promotion of a node, as its engine says now what it knows.
+    fn promotion_of(&self, node: Index) -> VolumeChange {
+        let certain = self.engine(node).is_some_and(|it| it.status().certain);
+        let node = node_id(node);
+        if certain {
+            VolumeChange::Promote { node }
+        } else {
+            VolumeChange::PromoteUncertain { node }
         }
     }
 
