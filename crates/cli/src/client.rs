@@ -16,7 +16,7 @@ use relevo_server::api::{
     AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
     Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump, MoveServiceRequest,
     OrderRequest, SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
-    TokenAnswer, TokenRequest, VolumeStatus,
+    TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -178,6 +178,20 @@ impl Client {
     pub async fn dump_metadata(&self, volume: &str) -> Result<MetadataDump, CliError> {
         self.get(&format!("/v1/volumes/{}/metadata", escape(volume)))
             .await
+    }
+
+    /// Waits until every replica of a volume is in sync, or the time is over: then an error names what is
+    /// missing.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn wait_sync(
+        &self,
+        volume: &str,
+        request: WaitSyncRequest,
+    ) -> Result<Done, CliError> {
+        let path = format!("/v1/volumes/{}/wait-sync", escape(volume));
+        self.call(Method::POST, &path, Some(&request)).await
     }
 
     /// Makes this node secondary of a volume.

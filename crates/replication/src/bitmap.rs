@@ -127,11 +127,9 @@ impl Blocks {
     /// The first run at or after `from`, at most `max` blocks long.
     pub(crate) fn next_run(&self, from: u64, max: u64) -> Option<BlockRange> {
         let first = self.next_set(from)?;
-        let mut count = 1;
-        while count < max && self.contains(first + count) {
-            count += 1;
-        }
-        Some(BlockRange::new(first, count))
+        let longest = first.saturating_add(max.max(1));
+        let end = self.next_clear(first, longest);
+        Some(BlockRange::new(first, end - first))
     }
 
     /// All runs, in order, each at most `max` blocks long.
@@ -144,8 +142,29 @@ impl Blocks {
         })
     }
 
-    fn contains(&self, block: u64) -> bool {
-        self.covers(BlockRange::new(block, 1))
+    /// The first block at or after `from` that is not in the set, or `limit` if that is lower. Goes by pages
+    /// and words: a replica that lacks everything is one run of millions of blocks.
+    fn next_clear(&self, from: u64, limit: u64) -> u64 {
+        let mut at = from;
+        while at < limit {
+            let number = u32::try_from(at / BLOCKS_PER_PAGE).unwrap_or(u32::MAX);
+            let Some(page) = self.pages.get(&number) else {
+                return at;
+            };
+            let bit = at % BLOCKS_PER_PAGE;
+            if page.count == BLOCKS_PER_PAGE {
+                at += BLOCKS_PER_PAGE - bit;
+                continue;
+            }
+            let index = usize::try_from(bit / 64).unwrap_or(WORDS);
+            let ones = (page.words[index] >> (bit % 64)).trailing_ones();
+            let left = 64 - bit % 64;
+            at += u64::from(ones).min(left);
+            if u64::from(ones) < left {
+                break;
+            }
+        }
+        at.min(limit)
     }
 
     fn next_set(&self, from: u64) -> Option<u64> {
@@ -284,6 +303,21 @@ mod tests {
             prop_assert!(bits.runs(1000).all(|run| run.count <= 1000));
             prop_assert_eq!(listed, model.into_iter().collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn a_run_may_be_as_long_as_a_volume() {
+        let mut bits = Blocks::default();
+        let all = BlockRange::new(5, (1 << 28) - 10);
+        bits.set(all, |_| {});
+        assert_eq!(bits.next_run(0, u64::MAX), Some(all));
+        assert_eq!(bits.runs(u64::MAX).count(), 1);
+        let hole = BlockRange::new(3 * BLOCKS_PER_PAGE - 1, 2);
+        bits.clear(hole, |_| {});
+        let runs: Vec<BlockRange> = bits.runs(u64::MAX).collect();
+        assert_eq!(runs.len(), 2);
+        assert_eq!((runs[0].end(), runs[1].first), (hole.first, hole.end()));
+        assert_eq!(bits.next_run(7, 64), Some(BlockRange::new(7, 64)));
     }
 
     #[test]

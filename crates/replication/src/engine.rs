@@ -289,6 +289,7 @@ impl Engine {
             peers: BTreeMap::<NodeId, PeerState>::new(),
             out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
+            sync_speeds: BTreeMap::new(),
         }
     }
 

@@ -364,6 +364,9 @@ pub struct EngineStatus {
     pub out_of_sync: BTreeMap<NodeId, Vec<BlockRange>>,
     /// On a primary: replicas of protocol A.
     pub behind: BTreeMap<NodeId, BehindBy>,
+    /// On a primary: resyncs that copy, or would if they were not paused, and how many bytes a second they
+    /// brought over the last three seconds: 0 when one stands still.
+    pub sync_speeds: BTreeMap<NodeId, u64>,
 }
 
 /// State of this node's replica.

@@ -27,6 +27,7 @@ pub mod lab;
 mod link;
 mod machine;
 mod metadata;
+mod meter;
 mod ops;
 mod order;
 mod pause;

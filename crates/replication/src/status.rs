@@ -24,7 +24,16 @@ impl Machine {
             peers: self.peer_states(),
             out_of_sync: self.verification.found.clone(),
             behind: self.behind(),
+            sync_speeds: self.sync_speeds(),
         }
+    }
+
+    /// Bytes a second of the resyncs that are under way from here.
+    fn sync_speeds(&self) -> BTreeMap<NodeId, u64> {
+        let links = self.links.iter();
+        let sessions = links.filter_map(|(peer, link)| Some((*peer, link.session.as_ref()?)));
+        let copying = sessions.filter(|(_, session)| session.stage == Stage::Copying);
+        copying.map(|(peer, it)| (peer, it.speed)).collect()
     }
 
     fn disk_state(&self) -> DiskState {
@@ -239,6 +248,7 @@ impl Machine {
             .min(admitted.unwrap_or(Time::NEVER))
             .min(self.saving_deadline())
             .min(self.verify_deadline())
+            .min(self.speed_deadline())
             .min(self.proposals.deadline())
             .min(self.disk_deadline())
             .min(promotion)

@@ -12,6 +12,7 @@ use crate::{
     jobs::Owner,
     lab::PlantedBug,
     machine::{Machine, is_zero, mask, slots_of},
+    meter::Meter,
     ops::Cx,
     secondary::RUNS_PER_MESSAGE,
 };
@@ -43,6 +44,11 @@ pub(crate) struct Session {
     pub(crate) owed_bytes: u64,
     /// Since when a replica of protocol A lacks what it was not sent, or is being given it.
     pub(crate) behind_since: Option<Time>,
+    /// What the resync copied.
+    pub(crate) meter: Meter,
+    /// Its speed when the engine last looked, in bytes a second, and when it looks again.
+    pub(crate) speed: u64,
+    pub(crate) speed_due: Time,
 }
 
 /// How far a session is.
@@ -87,12 +93,22 @@ impl Session {
             told_complete: Seq(0),
             owed_bytes: 0,
             behind_since: None,
+            meter: Meter::default(),
+            speed: 0,
+            speed_due: Time::NEVER,
         }
     }
 
     /// A session with a member whose tail was reconciled.
     pub(crate) fn in_sync(epoch: Epoch, began: Time) -> Self {
         Self::new(Stage::InSync, epoch, began)
+    }
+
+    /// Once a session copies nothing any more, that is soon zero, and nothing is due.
+    fn look_at_speed(&mut self, now: Time) {
+        self.meter.settle(now);
+        self.speed = self.meter.speed(now);
+        self.speed_due = self.meter.deadline(now);
     }
 
     /// Whether the peer owes an answer about the resync.
@@ -161,6 +177,11 @@ impl Machine {
             self.settle_receipts(cx, peer);
             self.copy(cx, peer);
             self.end_copy(cx, peer);
+            if let Some(session) = self.session_mut(peer)
+                && cx.now >= session.speed_due
+            {
+                session.look_at_speed(cx.now);
+            }
         }
         self.settle_verify(cx);
     }
@@ -297,8 +318,17 @@ impl Machine {
         };
         if let Some(blocks) = session.sent.remove(&id) {
             session.busy.clear(blocks, |_| {});
+            session.meter.add(cx.now, blocks.bytes().len);
+            session.look_at_speed(cx.now);
             self.copied_there(cx, peer, blocks);
         }
+    }
+
+    /// When the speed of a resync is to be looked at again.
+    pub(crate) fn speed_deadline(&self) -> Time {
+        let sessions = self.links.values().filter_map(|link| link.session.as_ref());
+        let due = sessions.map(|session| session.speed_due).min();
+        due.unwrap_or(Time::NEVER)
     }
 
     /// When nothing is dirty and nothing under way: the barrier.

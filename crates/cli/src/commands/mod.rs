@@ -93,6 +93,8 @@ pub enum Verb {
     /// Show the metadata on the backing of this node's replica, also while the volume is down or no
     /// daemon runs
     DumpMd(order::OrderArgs),
+    /// Wait until every replica of a volume is in sync; exit code 1 if it is not when the time is over
+    WaitSync(order::WaitSyncArgs),
     /// Move every service off a node and let none come back
     Standby(role::StandbyArgs),
     /// Let services come to a node again
@@ -164,6 +166,7 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         }
         Verb::Verify(args) => block_on(order::verify(&context, args)),
         Verb::DumpMd(args) => block_on(order::dump_md(&context, &args.volume)),
+        Verb::WaitSync(args) => block_on(order::wait_sync(&context, args)),
         Verb::Standby(args) => block_on(role::standby(&context, args, true)),
         Verb::Unstandby(args) => block_on(role::standby(&context, args, false)),
     };
@@ -274,6 +277,9 @@ mod tests {
             .err()
             .unwrap();
         assert!(error.contains("cannot be used with"), "{error}");
+        let error = parse("relevo wait-sync mail --timeout soon").err().unwrap();
+        assert!(error.contains("--timeout"), "{error}");
+        assert!(parse("relevo wait-sync mail --timeout 5").is_ok());
         let error = parse("relevo service move web").err().unwrap();
         assert!(error.contains("<TO>") || error.contains("[TO]"), "{error}");
     }

@@ -1,12 +1,15 @@
 //! Orders to this node's replica of a volume, under the names that `drbdadm` has for them.
 
-use std::{collections::BTreeMap, process::ExitCode};
+use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
 use clap::Args;
-use relevo_server::api::OrderRequest;
+use relevo_server::api::{ErrorKind, OrderRequest, WaitSyncRequest};
 
 use super::{Context, volume};
 use crate::{CliError, render};
+
+/// The pause between two calls of one long wait.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// An order about a volume.
 #[derive(Args, Debug)]
@@ -52,6 +55,37 @@ pub(super) async fn verify(context: &Context, args: VerifyArgs) -> Result<ExitCo
         OrderRequest::Verify { node, repair }
     };
     give(context, &volume, request).await
+}
+
+/// A wait.
+#[derive(Args, Debug)]
+pub struct WaitSyncArgs {
+    /// Name of the volume
+    volume: String,
+    /// How many seconds to wait (default: as long as it takes)
+    #[arg(long, value_name = "S")]
+    timeout: Option<u64>,
+}
+
+pub(super) async fn wait_sync(context: &Context, args: WaitSyncArgs) -> Result<ExitCode, CliError> {
+    let begun = tokio::time::Instant::now();
+    loop {
+        let passed = begun.elapsed().as_secs();
+        let left = args.timeout.map(|all| all.saturating_sub(passed));
+        let timeout_s = left.unwrap_or(u64::MAX).min(WaitSyncRequest::MOST_S);
+        let request = WaitSyncRequest { timeout_s };
+        match context.client.wait_sync(&args.volume, request).await {
+            Ok(done) => return context.print_done(&done),
+            // One call is over, the wait is not.
+            Err(CliError::Api(error))
+                if error.kind == ErrorKind::Unavailable && left != Some(timeout_s) =>
+            {
+                // Some refusals come at once, as of a daemon that is still joining.
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 pub(super) async fn give(

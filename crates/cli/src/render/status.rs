@@ -217,6 +217,13 @@ impl Page {
         if let Some(percent) = replica.sync_percent {
             words.push(format!("{percent} % done"));
         }
+        if let Some(speed) = replica.sync_bytes_per_s {
+            words.push(format!("at {}/s", format_size(speed)));
+        }
+        if let Some(left) = replica.sync_left_s {
+            let left = super::duration_words(left.saturating_mul(1000));
+            words.push(format!("{left} left"));
+        }
         if !replica.out_of_sync.is_empty() {
             let bytes = replica.out_of_sync.iter().map(|(_, len)| len).sum();
             words.push(format!(

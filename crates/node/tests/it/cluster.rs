@@ -444,6 +444,7 @@ impl Cluster {
             peers: BTreeMap::new(),
             out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
+            sync_speeds: BTreeMap::new(),
         });
         if status.disk == DiskState::Failed {
             return;

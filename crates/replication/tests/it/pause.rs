@@ -161,3 +161,22 @@ fn a_crash_of_the_source_costs_its_active_regions() {
         goes_on(world, HOT_BLOCKS);
     }
 }
+
+#[test]
+fn the_speed_of_a_resync_is_told_and_is_zero_when_it_stands_still() {
+    let mut world = half_copied();
+    world.connect(A, B);
+    world.order(A, Order::ResumeSync { peer: None }).unwrap();
+    let copied = world.copied;
+    while world.copied < copied + 512 {
+        assert!(world.step(), "the resync stands still");
+    }
+    assert!(world.status(A).sync_speeds[&B] > 0, "{:?}", world.status(A));
+    world.order(A, Order::PauseSync { peer: None }).unwrap();
+    world.pass_ms(4000);
+    assert_eq!(world.status(A).sync_speeds[&B], 0);
+    world.order(A, Order::ResumeSync { peer: None }).unwrap();
+    world.pass_ms(4000);
+    assert!(in_sync(&world));
+    assert!(world.status(A).sync_speeds.is_empty(), "none is under way");
+}

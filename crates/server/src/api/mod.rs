@@ -16,7 +16,7 @@ pub use request::{
     AddReplicaRequest, AddressRequest, CreateServiceRequest, CreateVolumeRequest, Done, InitAnswer,
     InitRequest, JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest,
     OrderRequest, PartRequest, PathRequest, ProcessRequest, ReplicaRequest, SetOptionsRequest,
-    StandbyRequest, TokenAnswer, TokenRequest, VolumePartRequest,
+    StandbyRequest, TokenAnswer, TokenRequest, VolumePartRequest, WaitSyncRequest,
 };
 pub use status::{
     ClusterStatus, DaemonStatus, Event, EventKind, EventLevel, FailureStatus, Health, LeaseStatus,

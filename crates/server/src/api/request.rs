@@ -158,6 +158,20 @@ pub struct SetOptionsRequest {
     pub options: Vec<(String, String)>,
 }
 
+/// `POST /v1/volumes/{name}/wait-sync`: answered when every replica is in sync, or follows if it is of
+/// protocol A; fails with what is missing when the time is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WaitSyncRequest {
+    /// How long to wait, in seconds; more than [`Self::MOST_S`] counts as that.
+    pub timeout_s: u64,
+}
+
+impl WaitSyncRequest {
+    /// The longest wait of one call, in seconds: whoever wants to wait longer asks again.
+    pub const MOST_S: u64 = 60;
+}
+
 /// `POST /v1/volumes/{name}/order`: an order to the replica on the node that is asked.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]

@@ -18,7 +18,7 @@ use super::{
     AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
     ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump,
     MoveServiceRequest, OrderRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
-    TokenAnswer, TokenRequest, VolumeStatus,
+    TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
 };
 use crate::app::App;
 
@@ -46,6 +46,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}/options", post(set_options))
         .route("/v1/volumes/{name}/order", post(order))
         .route("/v1/volumes/{name}/metadata", get(dump_metadata))
+        .route("/v1/volumes/{name}/wait-sync", post(wait_sync))
         .route("/v1/services", get(services).post(create_service))
         .route("/v1/services/{name}", delete(remove_service))
         .route("/v1/services/{name}/start", post(start_service))
@@ -177,6 +178,15 @@ async fn dump_metadata(
     Path(name): Path<String>,
 ) -> Answer<MetadataDump> {
     app.running()?.dump_metadata(&name).await.map(Json)
+}
+
+async fn wait_sync(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: WaitSyncRequest = body(&bytes)?;
+    app.running()?.wait_sync(&name, request).await.map(Json)
 }
 
 async fn create_service(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<Done> {

@@ -192,12 +192,26 @@ pub struct ReplicaStatus {
     pub out_of_sync: Vec<(u64, u64)>,
     /// Progress of its resync since it began, in percent.
     pub sync_percent: Option<u8>,
+    /// How fast its resync went over the last three seconds, in bytes a second; 0: it stands still.
+    #[serde(default)]
+    pub sync_bytes_per_s: Option<u64>,
+    /// How long the rest takes at that speed, in seconds; `None` also when it stands still.
+    #[serde(default)]
+    pub sync_left_s: Option<u64>,
     /// How its node reads and writes the backing: `io_uring`, `thread pool` ...
     pub driver: Option<String>,
     /// File or device on its node.
     pub backing: Option<PathBuf>,
     /// What is wrong with it, or worth knowing.
     pub remark: Option<String>,
+}
+
+impl ReplicaStatus {
+    /// Of protocol A, and gets every write.
+    #[must_use]
+    pub fn follows(&self) -> bool {
+        self.protocol.as_deref() == Some("A") && self.replication.as_deref() == Some("Established")
+    }
 }
 
 /// A service.

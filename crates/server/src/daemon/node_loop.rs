@@ -51,7 +51,7 @@ pub(crate) trait Hands: Send {
 
 /// What the loop takes.
 enum Message {
-    Input(Input),
+    Input(Box<Input>),
     Status(oneshot::Sender<NodeStatus>),
     Stop,
 }
@@ -67,7 +67,7 @@ impl NodeInbox {
     /// Tells the node something; waits while the queue is full. After the loop's end nobody
     /// listens, and nothing is lost by that.
     pub(crate) fn tell(&self, input: Input) {
-        self.send(Message::Input(input));
+        self.send(Message::Input(Box::new(input)));
     }
 
     /// What the node knows; `None` after its end.
@@ -173,10 +173,10 @@ impl<H: Hands> NodeLoop<H> {
         for _ in 0..BATCH {
             match self.messages.try_recv() {
                 Ok(Message::Input(input)) => {
-                    if let Input::State(state) = &input {
+                    if let Input::State(state) = &*input {
                         self.addresses = heartbeat_addresses(state);
                     }
-                    self.node.handle(now, input, &mut self.effects);
+                    self.node.handle(now, *input, &mut self.effects);
                 }
                 // A caller that hung up needs no answer.
                 Ok(Message::Status(answer)) => drop(answer.send(self.node.status())),

@@ -693,5 +693,6 @@ pub(super) fn no_status() -> EngineStatus {
         peers: BTreeMap::new(),
         out_of_sync: BTreeMap::new(),
         behind: BTreeMap::new(),
+        sync_speeds: BTreeMap::new(),
     }
 }

@@ -279,6 +279,7 @@ impl Sources<'_> {
             let done = all.saturating_sub(left).saturating_mul(100);
             u8::try_from(done.checked_div(all)?).ok()
         });
+        let speed = told.and_then(|peer| peer.sync_bytes_per_s);
         let remark = match &replica.standing {
             ReplicaStanding::Creating => Some("it is being created".to_owned()),
             ReplicaStanding::Failed(why) => Some(format!("it was not created: {why}")),
@@ -305,6 +306,12 @@ impl Sources<'_> {
                 .map(|peer| peer.out_of_sync.clone())
                 .unwrap_or_default(),
             sync_percent: percent,
+            sync_bytes_per_s: speed,
+            sync_left_s: dirty.zip(speed).and_then(|(blocks, speed)| {
+                // Nothing is known of one that stands still.
+                let bytes = blocks.saturating_mul(BLOCK_SIZE);
+                (speed > 0).then(|| bytes.div_ceil(speed))
+            }),
             driver: local.and_then(|local| local.driver.clone()),
             backing: local
                 .and_then(|local| local.backing.clone())

@@ -155,6 +155,5 @@ impl Findings {
 
 /// A replica of protocol A that does what it shall: it is never in sync, and gets every write.
 fn follows(replica: &ReplicaStatus) -> bool {
-    replica.protocol.as_deref() == Some("A")
-        && replica.replication.as_deref() == Some("Established")
+    replica.follows()
 }

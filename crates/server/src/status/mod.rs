@@ -63,6 +63,9 @@ pub(crate) struct LocalPeer {
     pub(crate) dirty_blocks: Option<u64>,
     /// The most blocks that it lacked in this resync.
     pub(crate) dirty_at_first: Option<u64>,
+    /// Bytes a second of its resync, while one is under way.
+    #[serde(default)]
+    pub(crate) sync_bytes_per_s: Option<u64>,
     /// A replica of protocol A, told by its primary: bytes that it may lack, and for how long it does.
     #[serde(default)]
     pub(crate) behind: Option<(u64, u64)>,
@@ -124,6 +127,7 @@ impl LocalSource {
                             state: peer_state(*state).to_owned(),
                             dirty_blocks: dirty_blocks(*state),
                             dirty_at_first: live.progress.get(node).copied(),
+                            sync_bytes_per_s: status.engine.sync_speeds.get(node).copied(),
                             out_of_sync: status
                                 .engine
                                 .out_of_sync

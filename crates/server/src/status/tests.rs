@@ -156,6 +156,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         .to_owned(),
         dirty_blocks: dirty.map(|(left, _)| left),
         dirty_at_first: dirty.map(|(_, all)| all),
+        sync_bytes_per_s: dirty.map(|_| 4096),
         behind: None,
         out_of_sync: Vec::new(),
     };
@@ -256,6 +257,10 @@ fn a_resync_shows_its_progress() {
     let beta = &status.volumes[0].replicas[1];
     assert_eq!(beta.dirty_bytes, Some(30 * 4096));
     assert_eq!(beta.sync_percent, Some(75));
+    assert_eq!(
+        (beta.sync_bytes_per_s, beta.sync_left_s),
+        (Some(4096), Some(30))
+    );
     let (health, problems) = judge(&status);
     assert_eq!(health, Health::Degraded);
     assert_eq!(

@@ -7,6 +7,7 @@ mod order;
 mod replica;
 mod service;
 mod volume;
+mod wait_sync;
 
 use std::time::Duration;
 
