@@ -13,10 +13,10 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use relevo_server::api::{
-    AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
-    Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump, MoveServiceRequest,
-    OrderRequest, SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
-    TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
+    AddReplicaRequest, ApiError, ClusterStatus, ConfirmRequest, CreateServiceRequest,
+    CreateVolumeRequest, Done, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, LossStatus,
+    MetadataDump, MoveServiceRequest, OrderRequest, SOCKET_NAME, ServiceStatus, SetOptionsRequest,
+    StandbyRequest, Status, TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -124,6 +124,47 @@ impl Client {
     pub async fn make_primary(&self, volume: &str) -> Result<Done, CliError> {
         self.post(&format!("/v1/volumes/{}/primary", escape(volume)))
             .await
+    }
+
+    /// What may be lost when this node's replica, outside the in-sync set, is forced.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn force_loss(&self, volume: &str) -> Result<LossStatus, CliError> {
+        let path = format!("/v1/volumes/{}/force", escape(volume));
+        self.call::<(), _>(Method::GET, &path, None).await
+    }
+
+    /// Forces this node's replica.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn force(&self, volume: &str, request: &ConfirmRequest) -> Result<Done, CliError> {
+        let path = format!("/v1/volumes/{}/force", escape(volume));
+        self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// What gives way when the replica of a node is kept.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn resolve_loss(&self, volume: &str, keep: &str) -> Result<LossStatus, CliError> {
+        let path = resolve_path(volume, keep);
+        self.call::<(), _>(Method::GET, &path, None).await
+    }
+
+    /// Keeps the replica of a node; the others give way.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn resolve(
+        &self,
+        volume: &str,
+        keep: &str,
+        request: &ConfirmRequest,
+    ) -> Result<Done, CliError> {
+        let path = resolve_path(volume, keep);
+        self.call(Method::POST, &path, Some(request)).await
     }
 
     /// Adds a replica to a volume.
@@ -360,6 +401,10 @@ impl Client {
             .map_err(|e| CliError::Input(format!("the request can't be sent: {e}")))?;
         sender.send_request(request).await.map_err(broken)
     }
+}
+
+fn resolve_path(volume: &str, keep: &str) -> String {
+    format!("/v1/volumes/{}/resolve/{}", escape(volume), escape(keep))
 }
 
 /// Events as they come.

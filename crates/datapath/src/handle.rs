@@ -51,6 +51,8 @@ pub struct VolumeThreadConfig {
     pub backing: PathBuf,
     /// The disk driver, from [`relevo_disk::probe`].
     pub driver: DriverChoice,
+    /// Where what only this replica has is kept before it takes another history. Made when it is needed.
+    pub saved_dir: PathBuf,
 }
 
 /// Starts volume threads.
@@ -81,6 +83,11 @@ pub enum DatapathEvent {
         expect: Epoch,
         /// The change.
         change: VolumeChange,
+    },
+    /// What only this replica had is in that file, on stable storage; now it is overwritten.
+    Saved {
+        /// The file.
+        path: PathBuf,
     },
     /// A link ended.
     LinkLost {
@@ -391,7 +398,9 @@ fn run(
     started: &Started,
 ) {
     let name = config.name.clone();
-    let opened = Owner::open(config, backing, queue, events);
+    let opened = wake
+        .try_clone()
+        .and_then(|bell| Owner::open(config, backing, queue, bell, events));
     let mut owner = match opened {
         Ok(owner) => owner,
         Err(error) => return answer(started, Err(error)),
@@ -477,6 +486,7 @@ mod tests {
             name: "mail".to_owned(),
             backing,
             driver: probe(),
+            saved_dir: dir.path().join("saved"),
         }
     }
 

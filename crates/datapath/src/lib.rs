@@ -8,6 +8,7 @@
 //! * [`handle`]: the interface: commands, events, status.
 //! * `requests`: what exports ask, cut to what the engine takes: size limits, unaligned edges.
 //! * `link`: a TLS link to a peer. `nbd`: listeners and sessions.
+//! * `saving`: files that keep what a replica has of its own before it gives way.
 //! * `poller`: epoll. `owner`: the volume's state and its loop.
 
 pub mod handle;
@@ -16,6 +17,7 @@ mod nbd;
 mod owner;
 mod poller;
 mod requests;
+mod saving;
 
 pub use handle::{
     DatapathEvent, Gone, NbdAddress, OrderDone, SpawnError, VolumeHandle, VolumeStatus,

@@ -9,6 +9,7 @@ mod links;
 use std::{
     collections::BTreeMap,
     io, mem,
+    os::fd::OwnedFd,
     sync::{
         Arc,
         mpsc::{Receiver, TryRecvError},
@@ -36,6 +37,7 @@ use crate::{
     nbd::Client,
     poller::{Interest, Poller, Token},
     requests::Requests,
+    saving::Saver,
 };
 
 /// The longest sleep: a bound on what a lost wake-up can cost.
@@ -95,6 +97,7 @@ pub(crate) struct Owner {
     last_order: u64,
     /// Whom to tell what came of an order.
     orders: BTreeMap<OrderId, OrderDone>,
+    saver: Saver,
     scratch: Vec<u8>,
     messages: Vec<Message>,
     nbd_requests: Vec<NbdRequest>,
@@ -109,12 +112,14 @@ impl Owner {
         config: VolumeThreadConfig,
         backing: Backing,
         commands: Receiver<Command>,
+        bell: OwnedFd,
         events: Events,
     ) -> io::Result<Self> {
         let VolumeThreadConfig {
             mut engine,
             name,
             driver,
+            saved_dir,
             ..
         } = config;
         engine.backing_size = backing.size();
@@ -123,6 +128,7 @@ impl Owner {
         let mut owner = Self {
             engine: Engine::new(engine.clone()),
             config: engine,
+            saver: Saver::new(saved_dir, name.clone(), bell),
             name,
             disk,
             driver,
@@ -198,6 +204,7 @@ impl Owner {
                 self.take(token, shared);
             }
             self.take_commands();
+            self.take_saved();
             if self.stopping {
                 return Ok(());
             }
@@ -248,6 +255,20 @@ impl Owner {
                     return;
                 }
             }
+        }
+    }
+
+    /// What the thread answered that writes what gives way.
+    fn take_saved(&mut self) {
+        while let Some(answer) = self.saver.next_answer() {
+            self.news = true;
+            if let Ok(Some(path)) = &answer.result {
+                self.say(DatapathEvent::Saved { path: path.clone() });
+            }
+            self.tell(Input::Saved {
+                id: answer.id,
+                result: answer.result.map(|_| ()),
+            });
         }
     }
 
@@ -349,6 +370,10 @@ impl Owner {
             Effect::Propose { expect, change } => {
                 self.say(DatapathEvent::Propose { expect, change });
             }
+            Effect::Save { id, part } => {
+                let size = self.volume.as_ref().map_or(0, |volume| volume.size);
+                self.saver.save(&self.config, size, id, part);
+            }
             Effect::OrderDone { id, result } => {
                 if let Some(done) = self.orders.remove(&id) {
                     done(result);
@@ -373,8 +398,10 @@ impl Owner {
             VolumeEvent::Detached => self.withdraw("it is detached from this node"),
             VolumeEvent::Attached { .. }
             | VolumeEvent::Peer { .. }
+            | VolumeEvent::Verified { .. }
+            | VolumeEvent::SplitBrain { .. }
             | VolumeEvent::Healed { .. }
-            | VolumeEvent::Verified { .. } => {}
+            | VolumeEvent::GaveWay { .. } => {}
         }
         self.status_at = Time::ZERO;
         self.say(DatapathEvent::Volume(event));

@@ -10,6 +10,7 @@
 //! * [`activity`]: the ring of transactions that names the regions being written.
 //! * [`bitmap`]: pages of dirty bits, each in two alternating slots.
 //! * [`dump`]: all of it for a person, the damaged parts too.
+//! * [`saved`]: not on the backing: files that keep what a replica had of its own when it gave way.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod bitmap;
 mod bytes;
 pub mod dump;
 mod layout;
+pub mod saved;
 mod superblock;
 
 pub use layout::{Layout, LayoutError, Region};

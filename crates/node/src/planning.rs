@@ -160,6 +160,20 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
                 VolumeChange::Leave { .. } | VolumeChange::Join { .. } => {
                     format!("the in-sync set of volume {} changed", volume(id))
                 }
+                VolumeChange::Force { node: to, .. } => format!(
+                    "the replica on {} is volume {} by force: a new history begins",
+                    node(to),
+                    volume(id)
+                ),
+                VolumeChange::GiveWay { to, .. } => format!(
+                    "volume {} goes back to the history of the replica on {}",
+                    volume(id),
+                    node(to)
+                ),
+                VolumeChange::KeepInForce => format!(
+                    "replicas outside the in-sync set of volume {} give way",
+                    volume(id)
+                ),
             };
             (Level::Info, Subject::Volume(*id), what)
         }

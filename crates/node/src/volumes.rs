@@ -74,7 +74,9 @@ impl Engines {
                 VolumeEvent::Detached
                 | VolumeEvent::Peer { .. }
                 | VolumeEvent::Verified { .. }
-                | VolumeEvent::Healed { .. },
+                | VolumeEvent::Healed { .. }
+                | VolumeEvent::SplitBrain { .. }
+                | VolumeEvent::GaveWay { .. },
             )
             | None => {}
         }

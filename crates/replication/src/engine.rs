@@ -241,7 +241,7 @@ impl Engine {
     #[must_use]
     pub fn wants_link(&self, peer: NodeId) -> bool {
         match &self.state {
-            State::Ready(machine) => !machine.standalone.contains_key(&peer),
+            State::Ready(machine) => machine.wants_link(peer),
             _ => true,
         }
     }
@@ -290,6 +290,7 @@ impl Engine {
             out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
             sync_speeds: BTreeMap::new(),
+            splits: BTreeMap::new(),
         }
     }
 
@@ -472,6 +473,7 @@ impl Failed {
             | Input::Message { .. }
             | Input::Disk { .. }
             | Input::Demote
+            | Input::Saved { .. }
             | Input::Tick => {}
         }
         self.propose(cx, me);
@@ -520,7 +522,11 @@ impl Parked {
                 id,
                 result: Err("it is not attached yet; ask again".to_owned()),
             }),
-            Input::Attach | Input::Disk { .. } | Input::Demote | Input::Tick => {}
+            Input::Attach
+            | Input::Disk { .. }
+            | Input::Demote
+            | Input::Saved { .. }
+            | Input::Tick => {}
         }
         self.detach
     }

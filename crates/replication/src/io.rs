@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use relevo_types::{
-    BlockRange, ByteRange, ClusterId, Epoch, Instance, NodeId, Time, VolumeId,
+    BlockRange, ByteRange, ClusterId, Epoch, Instance, LineageId, NodeId, Time, VolumeId,
     cluster::{Volume, VolumeChange},
 };
 use relevo_wire::{Body, Message};
@@ -90,6 +90,13 @@ pub enum Input {
         /// The order.
         order: Order,
     },
+    /// A part of what gives way was kept, or could not be. Answers one [`Effect::Save`].
+    Saved {
+        /// The saving.
+        id: SaveId,
+        /// Why it could not be kept.
+        result: Result<(), String>,
+    },
     /// Nothing happened but the time; due at [`crate::Engine::deadline`].
     Tick,
 }
@@ -97,6 +104,33 @@ pub enum Input {
 /// A disk operation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct OpId(pub u64);
+
+/// What a replica has of its own, being saved before it is overwritten.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SaveId(pub u64);
+
+/// A part of what is saved. One is under way at a time; the next comes when it was answered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SavePart {
+    /// The first part.
+    Begin {
+        /// The history that gives way.
+        from: LineageId,
+        /// The node that it gives way to.
+        to: NodeId,
+        /// How many blocks of 4 KiB come.
+        blocks: u64,
+    },
+    /// Whole blocks and their content.
+    Blocks {
+        /// Which.
+        blocks: BlockRange,
+        /// Their bytes.
+        data: Bytes,
+    },
+    /// The last part: answered when everything is on stable storage.
+    End,
+}
 
 /// An application request.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -205,6 +239,14 @@ pub enum Effect {
         /// The change.
         change: VolumeChange,
     },
+    /// Keep a part of what gives way; answered by one [`Input::Saved`]. A new id ends an earlier saving
+    /// that is not complete: that one is thrown away.
+    Save {
+        /// The saving.
+        id: SaveId,
+        /// The part.
+        part: SavePart,
+    },
     /// An operator's order was obeyed, or why not.
     OrderDone {
         /// The order.
@@ -279,6 +321,21 @@ pub enum VolumeEvent {
         /// What the disk said.
         error: String,
     },
+    /// The histories of this node's replica and a peer's forked, and both have changes of their own:
+    /// nothing is replicated between them until a person, or the policy, decides.
+    SplitBrain {
+        /// The peer.
+        peer: NodeId,
+        /// What is known.
+        split: SplitBrain,
+    },
+    /// This replica gave way to the history of a peer. What only it had was saved.
+    GaveWay {
+        /// The peer.
+        to: NodeId,
+        /// Blocks of 4 KiB that were saved.
+        saved: u64,
+    },
     /// What is known of a peer changed.
     Peer {
         /// The peer.
@@ -286,6 +343,17 @@ pub enum VolumeEvent {
         /// What it is now.
         state: PeerState,
     },
+}
+
+/// Two histories with changes of their own met.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SplitBrain {
+    /// Blocks of 4 KiB that only this node has, as far as it knows.
+    pub ours: u64,
+    /// Blocks that only the peer has.
+    pub theirs: u64,
+    /// Why none of them gives way.
+    pub why: String,
 }
 
 /// What the primary knows of a peer, or a secondary of the primary.
@@ -367,6 +435,8 @@ pub struct EngineStatus {
     /// On a primary: resyncs that copy, or would if they were not paused, and how many bytes a second they
     /// brought over the last three seconds: 0 when one stands still.
     pub sync_speeds: BTreeMap<NodeId, u64>,
+    /// Peers whose history forked from this node's, both with changes.
+    pub splits: BTreeMap<NodeId, SplitBrain>,
 }
 
 /// State of this node's replica.

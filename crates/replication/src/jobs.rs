@@ -14,7 +14,7 @@ use relevo_wire::Body;
 
 use crate::{
     gate::Access,
-    io::{DiskOpKind, RequestId},
+    io::{DiskOpKind, RequestId, SaveId},
     lab::PlantedBug,
     machine::Machine,
     ops::{Cx, OpUse},
@@ -43,6 +43,8 @@ pub(crate) enum Owner {
     PeerRead(Reply, u64),
     /// Content for the reconciliation of a promotion, by its attempt.
     PushRead(u64),
+    /// Content that gives way, to be saved.
+    SaveRead(SaveId),
     /// A write from the primary.
     PeerWrite(Reply, Seq),
     /// A resync write from the primary.
@@ -301,6 +303,10 @@ impl Machine {
             }
             Owner::PushRead(attempt) => {
                 self.push_read_done(cx, attempt, blocks, data.unwrap_or_default());
+                self.end_job(cx, id);
+            }
+            Owner::SaveRead(save) => {
+                self.save_read_done(cx, save, blocks, data.unwrap_or_default());
                 self.end_job(cx, id);
             }
             Owner::Nobody | Owner::AppWrite(_) => self.end_job(cx, id),

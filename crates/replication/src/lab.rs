@@ -54,6 +54,10 @@ pub enum PlantedBug {
     VerifyOutsideGate,
     /// Who is asked for blocks that the disk here can't read need not be in sync (rule 4).
     HealFromAnybody,
+    /// A history with changes of its own is overwritten although nobody decided (rule 9).
+    MergeInSilence,
+    /// What only the loser has is not saved before it is overwritten (rule 9).
+    OverwriteWithoutSaving,
     /// What verification found is marked while the replica is still a member (rule 4).
     RepairWithoutLeave,
 }

@@ -24,6 +24,7 @@ mod invariants;
 pub mod io;
 mod jobs;
 pub mod lab;
+mod lineage;
 mod link;
 mod machine;
 mod metadata;
@@ -45,6 +46,8 @@ pub use engine::Engine;
 pub use follow::ADMITTED_FOR;
 pub use io::{
     AppRequest, BehindBy, DiskError, DiskOp, DiskOpKind, DiskReply, DiskState, Effect,
-    EngineConfig, EngineStatus, Input, OpId, PeerState, ReplyError, RequestId, VolumeEvent,
+    EngineConfig, EngineStatus, Input, OpId, PeerState, ReplyError, RequestId, SaveId, SavePart,
+    SplitBrain, VolumeEvent,
 };
+pub use lineage::{Side, Verdict, judge};
 pub use order::{Order, OrderId};

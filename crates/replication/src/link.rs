@@ -8,6 +8,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 use crate::{
     heal::PIECE_BLOCKS,
     io::Effect,
+    lineage::Fork,
     machine::{Machine, Role, mask},
     ops::Cx,
     sync::Session,
@@ -44,6 +45,8 @@ pub(crate) struct Link {
     pub(crate) peer_pauses: bool,
     /// The primary compares this replica with its own.
     pub(crate) verifies: bool,
+    /// The greeting named another history: what each side said it has of its own.
+    pub(crate) fork: Fork,
     /// The peer's reign over this replica.
     pub(crate) incoming: Option<Incoming>,
     /// This node's reign over the peer's replica.
@@ -83,6 +86,9 @@ impl Machine {
             self.refuse(cx, peer, Refusal::StandAlone { reason });
             return;
         }
+        if self.refuse_split(cx, peer) {
+            return;
+        }
         self.last_link += 1;
         let link = Link {
             number: self.last_link,
@@ -97,6 +103,7 @@ impl Machine {
             wants_receipts: false,
             peer_pauses: false,
             verifies: false,
+            fork: Fork::default(),
             incoming: None,
             session: None,
         };
@@ -267,7 +274,11 @@ impl Machine {
             Message::Differ { id, blocks, .. } => self.verify_answered(peer, id, &blocks),
             Message::Verifying { epoch, active } => self.peer_verifies(peer, epoch, active),
             Message::PauseSync { paused } => self.peer_pauses(peer, paused),
+            Message::Changes { blocks, consistent } => {
+                self.peer_changes(peer, blocks, consistent);
+            }
             Message::Refuse(refusal) => {
+                self.heard_of_split(cx, peer, &refusal);
                 self.close_link(cx, peer, format!("the peer ended it: {refusal}"));
             }
             Message::Ping | Message::Pong => {}
@@ -275,14 +286,11 @@ impl Machine {
     }
 
     fn hello(&mut self, cx: &mut Cx<'_>, peer: NodeId, info: PeerInfo) {
-        let ours = self.meta.superblock.replica.lineage;
-        if info.lineage != ours {
-            let theirs = info.lineage;
-            self.refuse(cx, peer, Refusal::OtherLineage { ours, theirs });
-        } else if info.node != peer {
+        if info.node != peer {
             self.protocol_error(cx, peer, "the greeting names another node");
         } else if let Some(link) = self.links.get_mut(&peer) {
             link.hello = Some(info);
+            self.tell_changes(cx, peer);
         }
     }
 

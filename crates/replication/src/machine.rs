@@ -19,6 +19,7 @@ use crate::{
     },
     jobs::{FlushFor, Flusher, JobId, Jobs, Owner},
     lab::{Lab, PlantedBug},
+    lineage::Lineages,
     link::Link,
     metadata::{Metadata, Ticket},
     ops::{Cx, OpUse, Ops},
@@ -82,6 +83,7 @@ pub(crate) struct Machine {
     pub(crate) held_flushes: Vec<(JobId, FlushFor)>,
     /// Peers that there shall be no link to, and why.
     pub(crate) standalone: BTreeMap<NodeId, String>,
+    pub(crate) lineages: Lineages,
     pub(crate) pauses: Pauses,
     pub(crate) verification: Verification,
     pub(crate) heals: Heals,
@@ -155,6 +157,7 @@ impl Machine {
             gave_receipts: false,
             held_flushes: Vec::new(),
             standalone: BTreeMap::new(),
+            lineages: Lineages::default(),
             pauses: Pauses::default(),
             verification: Verification::default(),
             heals: Heals::default(),
@@ -174,6 +177,7 @@ impl Machine {
             Input::Demote => self.stepping_down |= !matches!(self.role, Role::Secondary),
             Input::Detach => self.detach_asked(cx),
             Input::Order { id, order } => self.order_arrived(cx, id, order),
+            Input::Saved { id, result } => self.saved(cx, id, result),
         }
         self.settle(cx);
     }
@@ -188,6 +192,7 @@ impl Machine {
             return;
         }
         self.settle_links(cx);
+        self.settle_giving_way(cx);
         self.settle_barriers(cx);
         self.settle_held_flushes(cx);
         match self.role {

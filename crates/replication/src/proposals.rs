@@ -82,6 +82,13 @@ impl Proposals {
             VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } => {
                 format!("that {node} becomes primary")
             }
+            VolumeChange::GiveWay { to, .. } => {
+                format!(
+                    "that the history of {to} is in force: nothing was changed here since the fork"
+                )
+            }
+            VolumeChange::Force { node, .. } => format!("that {node} is forced"),
+            VolumeChange::KeepInForce => "that the others give way".to_owned(),
         };
         Some(format!("the control log to commit {what}"))
     }
@@ -113,6 +120,7 @@ impl Machine {
         if known.is_some_and(|known| volume.version <= known.version) {
             return;
         }
+        self.lineages.splits.clear();
         if known.is_some_and(|known| volume.epoch == known.epoch) {
             // Only what the administrator chose, or a replica that is not in the set.
             self.take_config(cx, volume);
@@ -134,6 +142,7 @@ impl Machine {
         if self.detach.is_some() {
             return;
         }
+        self.begin_lineage(cx);
         // A change of the in-sync set alone must not make a secondary refuse what the primary
         // sent before it knew.
         if new_reign || named {
@@ -272,6 +281,7 @@ impl Machine {
                     (primary.demotion == Demotion::Proposing)
                         .then(|| VolumeChange::Demote { node: self.node() })
                 })
+                .or_else(|| self.gives_way_to())
                 .or_else(|| self.joiner().map(|node| VolumeChange::Join { node })),
         };
         Some((volume.epoch, change?))

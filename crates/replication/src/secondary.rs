@@ -163,12 +163,21 @@ impl Machine {
         if self.accept_reign(cx, peer, epoch, Part::Target) {
             self.fold_tail();
             self.barriers.clear();
-            self.meta.superblock.inconsistent = true;
-            let ticket = self.meta.want_all();
             self.block(peer);
             let reply = self.reply_to(peer, epoch);
-            self.afters.push((ticket, After::StartSync(reply)));
+            if self.is_other_lineage(peer) {
+                self.give_way(cx, reply);
+            } else {
+                self.become_target(reply);
+            }
         }
+    }
+
+    /// From here on this replica is a mix, durably, before the primary is told what it lacks.
+    pub(crate) fn become_target(&mut self, reply: Reply) {
+        self.meta.superblock.inconsistent = true;
+        let ticket = self.meta.want_all();
+        self.afters.push((ticket, After::StartSync(reply)));
     }
 
     fn send_uncertain(&mut self, cx: &mut Cx<'_>, reply: Reply) {

@@ -25,6 +25,7 @@ impl Machine {
             out_of_sync: self.verification.found.clone(),
             behind: self.behind(),
             sync_speeds: self.sync_speeds(),
+            splits: self.lineages.splits.clone(),
         }
     }
 
@@ -67,7 +68,7 @@ impl Machine {
     }
 
     fn peer_state(&self, peer: NodeId) -> PeerState {
-        if self.standalone.contains_key(&peer) {
+        if self.standalone.contains_key(&peer) || self.lineages.splits.contains_key(&peer) {
             return PeerState::StandAlone;
         }
         let Some(link) = self.links.get(&peer) else {

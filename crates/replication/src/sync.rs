@@ -170,6 +170,7 @@ impl Machine {
 
     /// Begins sessions, copies, ends resyncs.
     pub(crate) fn settle_sync(&mut self, cx: &mut Cx<'_>) {
+        self.settle_lineages(cx);
         for peer in self.links.keys().copied().collect::<Vec<_>>() {
             if self.may_start_sync(peer) {
                 self.begin_session(cx, peer);
@@ -201,6 +202,7 @@ impl Machine {
             && volume.replicas.get(&peer).is_some_and(|it| !it.leaving)
             && !primary.in_sync.contains(&peer)
             && !primary.pending_joins.contains_key(&peer)
+            && self.may_be_overwritten(peer)
     }
 
     fn begin_session(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
@@ -356,8 +358,9 @@ impl Machine {
             Stage::Settling(id)
         };
         self.last_id = id;
+        // One of protocol A too: it may be forced.
+        self.send_dirty_maps(cx, peer);
         if joins {
-            self.send_dirty_maps(cx, peer);
             self.send_pending_flushes(cx, peer);
         }
         if let Some(epoch) = self.primary().map(|primary| primary.epoch) {

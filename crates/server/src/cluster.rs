@@ -132,6 +132,7 @@ impl Cluster {
             pool_dir: options.pool_dir.clone(),
             device_dir: (data_node && options.devices).then(|| options.device_dir.clone()),
             nbd_dir: places.nbd_dir(),
+            saved_dir: places.saved_dir(),
             nbd_listen: options.nbd_listen,
             store: places.replicas(),
             replicas: replicas.clone(),

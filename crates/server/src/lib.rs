@@ -1,7 +1,7 @@
 //! The daemon: wires the cores to the drivers, and answers the CLI.
 //!
 //! [`run`] is `relevo daemon`. [`api`] is what it answers on its socket; [`service_file`] reads a
-//! service from TOML.
+//! service from TOML; [`saved`] reads what gave way to another history.
 //!
 //! Where to start: `run` for the life of the process, `app` for the two phases of a daemon (in no
 //! cluster, member of one), `cluster` for everything that runs as a member, `daemon` for its
@@ -18,6 +18,7 @@ mod membership_files;
 mod options;
 mod rpc;
 mod run;
+pub mod saved;
 pub mod service_file;
 mod state_dir;
 mod status;

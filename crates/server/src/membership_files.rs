@@ -50,6 +50,10 @@ impl Places {
         self.state_dir.join("nbd")
     }
 
+    pub(crate) fn saved_dir(&self) -> PathBuf {
+        crate::saved::saved_dir(&self.state_dir)
+    }
+
     pub(crate) fn log_dir(&self) -> PathBuf {
         self.state_dir.join("logs")
     }

@@ -222,6 +222,14 @@ pub enum Message {
     },
     /// The sender can't do what was asked. The link closes after it.
     Refuse(Refusal),
+    /// The greetings named different histories: what the sender has of its own. Sent again, with what is
+    /// left, while a replica that gives way saves it: a sign of life.
+    Changes {
+        /// Blocks of 4 KiB that the receiver may lack and the sender has, as far as the sender knows.
+        blocks: u64,
+        /// The sender's replica is no mix of old and new: it could be kept.
+        consistent: bool,
+    },
 
     // Both.
     /// The sender's operator wants the resync between the two to stand still, or to go on. Holds for
@@ -293,6 +301,16 @@ pub enum Refusal {
     StandAlone {
         /// Who or what decided that, and why.
         reason: String,
+    },
+    /// The histories of both forked, both have changes of their own, and nobody decided yet.
+    #[error("split brain: {ours} blocks were changed there alone, {theirs} here alone; {why}")]
+    SplitBrain {
+        /// Blocks of 4 KiB that only the sender has.
+        ours: u64,
+        /// Blocks that only the receiver has.
+        theirs: u64,
+        /// Why none of them gives way.
+        why: String,
     },
     /// The receiver broke the protocol.
     #[error("protocol error: {reason}")]

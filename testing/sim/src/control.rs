@@ -222,6 +222,11 @@ pub fn words(command: &Command) -> String {
             VolumeChange::Demote { node } => format!("demote {node} at {expect}"),
             VolumeChange::Leave { nodes } => format!("leave {nodes:?} at {expect}"),
             VolumeChange::Join { node } => format!("join {node} at {expect}"),
+            VolumeChange::Force { node, .. } => format!("force {node} at {expect}"),
+            VolumeChange::KeepInForce => format!("keep what is in force at {expect}"),
+            VolumeChange::GiveWay { node, to, .. } => {
+                format!("{node} gives way to {to} at {expect}")
+            }
         },
         Command::Evict { node, proof, .. } => format!("evict {node} {proof:?}"),
         Command::Readmit { node, .. } => format!("readmit {node}"),
@@ -242,6 +247,7 @@ pub(crate) mod tests {
             name: "data".to_owned(),
             size: 4096,
             lineage: LineageId(1),
+            lineages: vec![LineageId(1)],
             epoch: Epoch(epoch),
             primary: primary.map(NodeId),
             in_sync: in_sync.iter().copied().map(NodeId).collect::<BTreeSet<_>>(),

@@ -39,6 +39,11 @@ impl Planted {
         (PlantedBug::VerifyOutsideGate, "verify-outside-gate"),
         (PlantedBug::RepairWithoutLeave, "repair-without-leave"),
         (PlantedBug::HealFromAnybody, "heal-from-anybody"),
+        (PlantedBug::MergeInSilence, "merge-in-silence"),
+        (
+            PlantedBug::OverwriteWithoutSaving,
+            "overwrite-without-saving",
+        ),
     ];
 
     /// Its name on the command line.
@@ -191,6 +196,8 @@ pub struct Scenario {
     /// When all is whole and quiet, the disk of a secondary alters blocks by itself: a verification must
     /// find and repair exactly these.
     pub rot: bool,
+    /// At the end a primary is cut off, an outdated replica is forced, and both go on; then they meet.
+    pub split: bool,
     /// A failed disk is repaired only when everything else is well: the others must do without it.
     pub repair_late: bool,
     /// How often something interesting is followed by a crash close by, in percent.
@@ -281,6 +288,7 @@ impl Scenario {
             idle_heal: rng.chance(50.0),
             hang_one: rng.chance(10.0),
             rot: Rng::new(seed, 77).chance(20.0),
+            split: Rng::new(seed, 10).chance(25.0),
             repair_late: rng.chance(50.0),
             ambush: rng.pick(&[0.0, 5.0, 25.0]),
             trouble: Duration::from_millis(rng.pick(&[400, 800, 1600])),
@@ -312,6 +320,7 @@ impl Scenario {
         scenario.faults.push((Fault::MoveService, 3));
         Self {
             managed: true,
+            split: false,
             witness: scenario.data_nodes == 2 || scenario.witness,
             // Only replicas that can be in sync by themselves: nobody moves a service elsewhere yet.
             protocols: scenario.protocols.map(|own| own.max(Protocol::B)),
@@ -342,6 +351,7 @@ impl Scenario {
             rounds: 1,
             hang_one: false,
             rot: false,
+            split: false,
             disk_us: 1000,
             net_us: 1000,
             short: true,

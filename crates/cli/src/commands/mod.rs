@@ -1,11 +1,13 @@
 //! The verbs, one file per group.
 
 mod cluster;
+mod confirm;
 mod daemon;
 mod events;
 mod order;
 mod replica;
 mod role;
+mod saved;
 mod service;
 mod status;
 mod volume;
@@ -56,8 +58,9 @@ pub enum Verb {
     /// Services: what runs on one node and moves when that node fails
     #[command(subcommand)]
     Service(service::ServiceVerb),
-    /// Make this node primary of a volume by hand, for a volume that no service uses
-    Primary(role::RoleArgs),
+    /// Make this node primary of a volume by hand, for a volume that no service uses; with --force also
+    /// when its replica is not in sync
+    Primary(role::PrimaryArgs),
     /// Make this node secondary of a volume by hand
     Secondary(role::RoleArgs),
     /// Open this node's replica of a volume: after `detach`, or when its disk was repaired
@@ -280,6 +283,15 @@ mod tests {
         let error = parse("relevo wait-sync mail --timeout soon").err().unwrap();
         assert!(error.contains("--timeout"), "{error}");
         assert!(parse("relevo wait-sync mail --timeout 5").is_ok());
+        for line in [
+            "relevo primary mail --confirm mail",
+            "relevo volume saved --read x",
+            "relevo volume saved --to x",
+            "relevo volume resolve mail",
+        ] {
+            let error = parse(line).err().unwrap();
+            assert!(error.contains("required"), "{line}: {error}");
+        }
         let error = parse("relevo service move web").err().unwrap();
         assert!(error.contains("<TO>") || error.contains("[TO]"), "{error}");
     }

@@ -34,6 +34,19 @@ pub enum VolumeVerb {
         /// Name of the volume
         name: String,
     },
+    /// Decide a split brain: which replica is kept. What only the others have is saved, then overwritten
+    Resolve {
+        /// Name of the volume
+        name: String,
+        /// Node of the replica that is kept
+        #[arg(long, value_name = "NODE")]
+        keep: String,
+        /// The volume's name again, where there is no terminal to ask on
+        #[arg(long, value_name = "VOLUME")]
+        confirm: Option<String>,
+    },
+    /// Show what replicas of this node had of their own when they gave way, and read it
+    Saved(super::saved::SavedArgs),
     /// Remove a volume and its data on every node
     Remove {
         /// Name of the volume
@@ -91,6 +104,17 @@ pub(super) async fn run(context: &Context, verb: VolumeVerb) -> Result<ExitCode,
             })?;
             Ok(ExitCode::SUCCESS)
         }
+        VolumeVerb::Resolve {
+            name,
+            keep,
+            confirm,
+        } => {
+            let loss = context.client.resolve_loss(&name, &keep).await?;
+            let request = super::confirm::confirm(context, &loss, confirm)?;
+            let done = context.client.resolve(&name, &keep, &request).await?;
+            context.print_done(&done)
+        }
+        VolumeVerb::Saved(args) => super::saved::run(context, args).await,
         VolumeVerb::Remove { name } => {
             let done = context.client.remove_volume(&name).await?;
             context.print_done(&done)

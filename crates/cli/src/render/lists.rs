@@ -1,12 +1,13 @@
 //! Tables and lines: volumes, services, events.
 
 use comfy_table::{Table, presets};
-use relevo_server::api::{
-    Event, EventKind, EventLevel, PartState, ServiceState, ServiceStatus, VolumeStatus,
+use relevo_server::{
+    api::{Event, EventKind, EventLevel, PartState, ServiceState, ServiceStatus, VolumeStatus},
+    saved::SavedFile,
 };
 use relevo_types::size::format_size;
 
-use super::clock;
+use super::{age, clock};
 
 /// The volumes as a table.
 #[must_use]
@@ -50,6 +51,35 @@ pub fn service_list(services: &[ServiceStatus]) -> String {
             service_state(service.state).to_owned(),
             service.node.clone().unwrap_or_else(|| "-".to_owned()),
             parts.join(", "),
+        ]);
+    }
+    finish(&table)
+}
+
+/// Files of saved blocks as a table.
+#[must_use]
+pub fn saved_list(files: &[SavedFile], now_unix_ms: u64) -> String {
+    if files.is_empty() {
+        return "Nothing is saved on this node: no replica of it gave way with changes of its own.\n"
+            .to_owned();
+    }
+    let mut table = table(&["VOLUME", "AGE", "BLOCKS", "GAVE WAY TO", "STATE", "FILE"]);
+    let or_unknown = |text: &str| if text.is_empty() { "?" } else { text }.to_owned();
+    for file in files {
+        let age = if file.begun_unix_s == 0 {
+            "?".to_owned()
+        } else {
+            age(now_unix_ms, file.begun_unix_s.saturating_mul(1000))
+        };
+        table.add_row([
+            or_unknown(&file.volume),
+            age,
+            file.blocks.to_string(),
+            or_unknown(&file.gave_way_to),
+            file.trouble
+                .clone()
+                .unwrap_or_else(|| "complete".to_owned()),
+            file.path.display().to_string(),
         ]);
     }
     finish(&table)

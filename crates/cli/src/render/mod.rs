@@ -1,14 +1,32 @@
 //! Answers of the daemon as text for people. Pure: the time is passed in.
 
+use relevo_server::api::LossStatus;
+
 mod lists;
 mod metadata;
 mod status;
 #[cfg(test)]
 mod tests;
 
-pub use lists::{event_line, service_list, volume_list};
+pub use lists::{event_line, saved_list, service_list, volume_list};
 pub use metadata::metadata;
 pub use status::status;
+
+/// What may be lost by a decision, for whoever is asked to confirm it.
+#[must_use]
+pub fn loss(loss: &LossStatus) -> String {
+    let mut text = format!(
+        "Volume {}: the replica on {} is kept.\n",
+        loss.volume, loss.node
+    );
+    for known in &loss.known {
+        text.push_str(&format!("  - {known}\n"));
+    }
+    for warning in &loss.warnings {
+        text.push_str(&format!("  ! {warning}\n"));
+    }
+    text
+}
 
 /// A length of time in words: `0.3 s`, `42 s`, `5 min`, `3 h 20 min`, `4 d 2 h`.
 #[must_use]

@@ -1,6 +1,9 @@
 //! Fixed answers and the text that they make.
 
-use relevo_server::api::{Event, Status};
+use relevo_server::{
+    api::{Event, Status},
+    saved::SavedFile,
+};
 
 use super::*;
 
@@ -192,4 +195,59 @@ fn metadata_as_lines() {
         \x20 bitmap 1      16 KiB dirty, 4 blocks in 2 runs: 3 63-65; 1 of 2 written pages damaged\n\
         \x20 problem       1 pages of bitmap 1 are damaged: all their blocks are taken for dirty\n"
     );
+}
+
+#[test]
+fn what_may_be_lost_and_what_was_saved() {
+    let may_be_lost = LossStatus {
+        volume: "mail".to_owned(),
+        node: "beta".to_owned(),
+        known: vec!["the disk of beta is Outdated".to_owned()],
+        warnings: vec!["alfa is alive and complete".to_owned()],
+    };
+    assert_eq!(
+        loss(&may_be_lost),
+        "Volume mail: the replica on beta is kept.\n  - the disk of beta is Outdated\n  ! alfa is alive and complete\n"
+    );
+    assert!(saved_list(&[], NOW).contains("Nothing is saved"));
+    let file = SavedFile {
+        path: "/s/mail-x.saved".into(),
+        volume: "mail".to_owned(),
+        node: "alfa".to_owned(),
+        gave_way_to: "beta".to_owned(),
+        lineage: "00000000000000ff".to_owned(),
+        begun_unix_s: NOW / 1000 - 90,
+        volume_size: 1 << 20,
+        blocks: 3,
+        complete: true,
+        trouble: None,
+    };
+    let damaged = SavedFile {
+        volume: String::new(),
+        begun_unix_s: 0,
+        complete: false,
+        trouble: Some("it is no file of saved blocks".to_owned()),
+        ..file.clone()
+    };
+    let text = saved_list(&[file, damaged], NOW);
+    let lines: Vec<Vec<&str>> = text
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        lines[1],
+        [
+            "mail",
+            "1",
+            "min",
+            "30",
+            "s",
+            "3",
+            "beta",
+            "complete",
+            "/s/mail-x.saved"
+        ]
+    );
+    assert_eq!(lines[2][..2], ["?", "?"]);
+    assert!(text.contains("no file of saved blocks"), "{text}");
 }

@@ -175,6 +175,11 @@ impl Cluster {
         self.dir.path().join(format!("{node}.replica"))
     }
 
+    /// Where a node keeps what gives way.
+    pub(crate) fn saved_dir(&self, node: NodeId) -> PathBuf {
+        self.dir.path().join(format!("{node}.saved"))
+    }
+
     fn create(&self, node: NodeId) {
         let replica = NewSuperblock {
             identity: ReplicaIdentity {
@@ -214,6 +219,7 @@ impl Cluster {
             name: "mail".to_owned(),
             backing: backing.clone(),
             driver: driver.clone(),
+            saved_dir: self.saved_dir(node),
         };
         let outbox = self.outbox.clone();
         let handle = VolumeThread::spawn(config, move |event| {

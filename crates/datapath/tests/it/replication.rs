@@ -20,7 +20,7 @@ fn read(client: &mut Client, offset: u64, len: usize) -> Vec<u8> {
 }
 
 /// Runs a client on a thread of its own while the cluster goes on.
-fn beside<T: Send + 'static>(
+pub(crate) fn beside<T: Send + 'static>(
     cluster: &mut Cluster,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> T {

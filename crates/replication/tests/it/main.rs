@@ -9,6 +9,7 @@ mod pause;
 mod protocols;
 mod replicas;
 mod scenarios;
+mod split;
 mod storm;
 mod verify;
 mod world;

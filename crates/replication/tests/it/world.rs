@@ -23,7 +23,10 @@ use relevo_types::{
 };
 use relevo_wire::{Body, Message};
 
-use crate::disk::{Disk, apply, op_name};
+use crate::{
+    disk::{Disk, apply, op_name},
+    split::Safe,
+};
 
 pub(crate) const A: NodeId = NodeId(1);
 pub(crate) const B: NodeId = NodeId(2);
@@ -69,6 +72,7 @@ pub(crate) struct Machine {
     configs: VecDeque<Arc<Volume>>,
     pub(crate) lease_until: Time,
     instance: u64,
+    pub(crate) safe: Safe,
 }
 
 #[derive(Debug)]
@@ -249,6 +253,7 @@ impl World {
                 configs: VecDeque::new(),
                 lease_until: Time::ZERO,
                 instance: 0,
+                safe: Safe::default(),
             };
             world.nodes.insert(node, machine);
         }
@@ -417,6 +422,7 @@ impl World {
                     "{id:?} answered twice"
                 );
             }
+            Effect::Save { id: save, part } => self.node(id).safe.keep(save, part),
             Effect::Event(event) => self.node(id).events.push(event),
         }
     }
@@ -718,6 +724,8 @@ impl World {
             }
         } else if let Some(id) = self.ids().into_iter().find(|id| self.has_config(*id)) {
             self.deliver_config(id);
+        } else if let Some((id, saved)) = crate::split::next_answer(self) {
+            self.input(id, saved);
         } else {
             return self.commits && self.commit();
         }

@@ -13,15 +13,16 @@ pub mod status;
 pub use error::{ApiError, ErrorKind};
 pub use metadata::{ActivityLogDump, BitmapDump, MetadataDump, SuperblockDump, SuperblockSlot};
 pub use request::{
-    AddReplicaRequest, AddressRequest, CreateServiceRequest, CreateVolumeRequest, Done, InitAnswer,
-    InitRequest, JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest, NodeRequest,
-    OrderRequest, PartRequest, PathRequest, ProcessRequest, ReplicaRequest, SetOptionsRequest,
-    StandbyRequest, TokenAnswer, TokenRequest, VolumePartRequest, WaitSyncRequest,
+    AddReplicaRequest, AddressRequest, ConfirmRequest, CreateServiceRequest, CreateVolumeRequest,
+    Done, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest,
+    NodeRequest, OrderRequest, PartRequest, PathRequest, ProcessRequest, ReplicaRequest,
+    SetOptionsRequest, StandbyRequest, TokenAnswer, TokenRequest, VolumePartRequest,
+    WaitSyncRequest,
 };
 pub use status::{
     ClusterStatus, DaemonStatus, Event, EventKind, EventLevel, FailureStatus, Health, LeaseStatus,
-    NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus, ReplicaStatus, ServiceState,
-    ServiceStatus, StateChange, Status, VolumeStatus, WaitStatus,
+    LossStatus, NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus, ReplicaStatus,
+    ServiceState, ServiceStatus, SplitStatus, StateChange, Status, VolumeStatus, WaitStatus,
 };
 
 /// Name of the socket within the state directory.

@@ -322,6 +322,16 @@ pub struct MoveServiceRequest {
     pub to: Option<String>,
 }
 
+/// `POST /v1/volumes/{name}/force`: this node's replica, outside the in-sync set, is the volume from now on.
+/// `POST /v1/volumes/{name}/resolve/{node}`: that node's replica is kept, the others give way. `GET` tells
+/// what may be lost by it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfirmRequest {
+    /// The name of the volume, as a person typed it.
+    pub confirm: String,
+}
+
 /// `POST /v1/nodes/{name}/standby`
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -15,10 +15,10 @@ use serde::{Deserialize, de::DeserializeOwned};
 use tokio::sync::broadcast;
 
 use super::{
-    AddReplicaRequest, ApiError, ClusterStatus, CreateServiceRequest, CreateVolumeRequest, Done,
-    ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MetadataDump,
-    MoveServiceRequest, OrderRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
-    TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
+    AddReplicaRequest, ApiError, ClusterStatus, ConfirmRequest, CreateServiceRequest,
+    CreateVolumeRequest, Done, ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest,
+    LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, ServiceStatus, SetOptionsRequest,
+    StandbyRequest, Status, TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
 };
 use crate::app::App;
 
@@ -41,6 +41,11 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/volumes/{name}", delete(remove_volume))
         .route("/v1/volumes/{name}/primary", post(make_primary))
         .route("/v1/volumes/{name}/secondary", post(make_secondary))
+        .route("/v1/volumes/{name}/force", get(force_loss).post(force))
+        .route(
+            "/v1/volumes/{name}/resolve/{node}",
+            get(resolve_loss).post(resolve),
+        )
         .route("/v1/volumes/{name}/replicas", post(add_replica))
         .route("/v1/volumes/{name}/replicas/{node}", delete(remove_replica))
         .route("/v1/volumes/{name}/options", post(set_options))
@@ -133,6 +138,37 @@ async fn make_primary(State(app): State<Arc<App>>, Path(name): Path<String>) -> 
 async fn make_secondary(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<Done> {
     let cluster = app.running()?;
     to_the_end(async move { cluster.make_secondary(&name).await }).await
+}
+
+async fn force_loss(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<LossStatus> {
+    app.running()?.force_loss(&name).await.map(Json)
+}
+
+async fn force(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: ConfirmRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.force_primary(&name, &request).await }).await
+}
+
+async fn resolve_loss(
+    State(app): State<Arc<App>>,
+    Path((name, node)): Path<(String, String)>,
+) -> Answer<LossStatus> {
+    app.running()?.resolve_loss(&name, &node).await.map(Json)
+}
+
+async fn resolve(
+    State(app): State<Arc<App>>,
+    Path((name, node)): Path<(String, String)>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: ConfirmRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.resolve(&name, &node, &request).await }).await
 }
 
 async fn add_replica(

@@ -165,6 +165,37 @@ pub struct VolumeStatus {
     pub nbd: Option<PathBuf>,
     /// What its requests wait for.
     pub wait: Option<WaitStatus>,
+    /// Split brain: pairs of replicas whose histories forked, both with changes of their own.
+    #[serde(default)]
+    pub splits: Vec<SplitStatus>,
+}
+
+/// Two replicas whose histories forked. Nothing is replicated between them until somebody decides.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SplitStatus {
+    /// One of the two; the primary, where it is one of them.
+    pub node: String,
+    /// Blocks of 4 KiB that only its replica has.
+    pub blocks: u64,
+    /// The other one.
+    pub peer: String,
+    /// Blocks of 4 KiB that only that replica has.
+    pub peer_blocks: u64,
+    /// Why neither gives way by itself.
+    pub why: String,
+}
+
+/// What is known of what is lost by a decision, for whoever takes it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LossStatus {
+    /// Name of the volume.
+    pub volume: String,
+    /// The node whose replica is kept.
+    pub node: String,
+    /// What is known, a sentence each.
+    pub known: Vec<String>,
+    /// What speaks against it, a sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// A replica.

@@ -13,7 +13,7 @@ use relevo_datapath::{
 use relevo_disk::{NewReplica, OpenError, create_replica, remove_replica};
 use relevo_format::Start;
 use relevo_node::Input;
-use relevo_replication::{DiskState, EngineStatus, VolumeEvent};
+use relevo_replication::{DiskState, EngineStatus, SplitBrain, VolumeEvent};
 use relevo_transport::EstablishedLink;
 use relevo_types::{
     NodeId, Time, VolumeId,
@@ -30,6 +30,7 @@ use crate::{
     api::{EventKind, EventLevel},
     local_store::LocalReplica,
     state_dir::private_dir,
+    status::side_words,
 };
 
 /// How often the engine's status is looked at when nothing happens.
@@ -314,6 +315,7 @@ impl Worker {
             name: volume.name.clone(),
             backing: backing.clone(),
             driver: self.shared.driver.clone(),
+            saved_dir: self.shared.saved_dir.clone(),
         };
         let events = DataEvents {
             volume: self.volume,
@@ -368,6 +370,8 @@ impl Worker {
                 | VolumeEvent::Detached
                 | VolumeEvent::Verified { .. }
                 | VolumeEvent::Healed { .. }
+                | VolumeEvent::SplitBrain { .. }
+                | VolumeEvent::GaveWay { .. }
                 | VolumeEvent::Peer { .. },
             ) => {}
             None if self
@@ -441,6 +445,17 @@ impl Worker {
                 let text = format!(
                     "its disk here can't read {} bytes at {} ({error}); they were read from {from} and are written anew. Look at the disk",
                     range.len, range.offset
+                );
+                (EventLevel::Warning, text)
+            }
+            VolumeEvent::SplitBrain { peer, split } => {
+                let peer = self.shared.control.state().borrow().node_name(*peer);
+                (EventLevel::Alarm, split_words(&self.name(), &peer, split))
+            }
+            VolumeEvent::GaveWay { to, saved } => {
+                let to = self.shared.control.state().borrow().node_name(*to);
+                let text = format!(
+                    "this replica gives way to the one on {to}: {saved} blocks of 4 KiB that only it had were saved (`relevo volume saved`)"
                 );
                 (EventLevel::Warning, text)
             }
@@ -611,6 +626,19 @@ impl DataEvents {
                     drop(permit);
                 });
             }
+            DatapathEvent::Saved { path } => {
+                let name = self
+                    .shared
+                    .replica(self.volume)
+                    .map_or_else(|| self.volume.to_string(), |replica| replica.name);
+                let text = format!(
+                    "what only this replica had is kept in {}; `relevo volume saved` reads it",
+                    path.display()
+                );
+                self.shared
+                    .events
+                    .add(EventLevel::Warning, EventKind::Volume, &name, &text);
+            }
             DatapathEvent::LinkLost { peer, reason } => {
                 tracing::info!(volume = %self.volume, %peer, reason, "a data link ended");
                 self.mailbox.link_lost(peer, reason);
@@ -625,6 +653,16 @@ impl DataEvents {
             dialer.want(self.volume, peer);
         }
     }
+}
+
+/// What a person is told of two histories that met.
+pub(crate) fn split_words(volume: &str, peer: &str, split: &SplitBrain) -> String {
+    format!(
+        "split brain with {peer}: only this replica has {}, only that one has {}; {}; until then nothing is replicated between the two. `relevo volume resolve {volume} --keep NODE` decides; what only the other one has is saved before it is overwritten",
+        side_words(split.ours),
+        side_words(split.theirs),
+        split.why
+    )
 }
 
 /// Runs of blocks that a message names; the others are only counted.
@@ -694,5 +732,6 @@ pub(super) fn no_status() -> EngineStatus {
         out_of_sync: BTreeMap::new(),
         behind: BTreeMap::new(),
         sync_speeds: BTreeMap::new(),
+        splits: BTreeMap::new(),
     }
 }

@@ -52,6 +52,7 @@ pub(crate) struct VolumesContext {
     /// `None`: no block devices.
     pub(crate) device_dir: Option<PathBuf>,
     pub(crate) nbd_dir: PathBuf,
+    pub(crate) saved_dir: PathBuf,
     pub(crate) nbd_listen: Option<SocketAddr>,
     pub(crate) store: Stored<LocalReplicas>,
     pub(crate) replicas: LocalReplicas,
@@ -74,6 +75,8 @@ pub(crate) struct Shared {
     timing: Timing,
     pool_dir: PathBuf,
     nbd_dir: PathBuf,
+    /// Where what gives way is kept.
+    pub(crate) saved_dir: PathBuf,
     nbd_listen: Option<SocketAddr>,
     pub(crate) driver: DriverChoice,
     store: Stored<LocalReplicas>,
@@ -157,6 +160,7 @@ impl Volumes {
             pool_dir: context.pool_dir,
             exports: Exports::new(context.device_dir),
             nbd_dir: context.nbd_dir,
+            saved_dir: context.saved_dir,
             nbd_listen: context.nbd_listen,
             driver: relevo_disk::probe(),
             store: context.store,

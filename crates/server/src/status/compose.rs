@@ -12,7 +12,8 @@ use relevo_types::{
 use super::{LocalReport, LocalVolume};
 use crate::api::{
     ClusterStatus, FailureStatus, LeaseStatus, NodeStatus, PartState, PartStatus, PathStatus,
-    QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, VolumeStatus, WaitStatus,
+    QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, VolumeStatus,
+    WaitStatus,
 };
 
 /// Where a status comes from.
@@ -254,7 +255,30 @@ impl Sources<'_> {
             device: mine.and_then(|local| local.device.clone()),
             nbd: mine.and_then(|local| local.nbd.clone()),
             wait: waiting,
+            splits: self.splits(volume),
         }
+    }
+
+    /// Every pair once; the primary's word counts before that of others.
+    fn splits(&self, volume: &Volume) -> Vec<SplitStatus> {
+        let others = volume.replicas.keys().copied();
+        let others = others.filter(|node| volume.primary != Some(*node));
+        let tellers = volume.primary.into_iter().chain(others);
+        let mut known = BTreeMap::new();
+        for teller in tellers {
+            let told = self.local(teller, volume).map(|local| &local.splits);
+            for (peer, split) in told.into_iter().flatten() {
+                let pair = (teller.min(*peer), teller.max(*peer));
+                known.entry(pair).or_insert_with(|| SplitStatus {
+                    node: self.state.node_name(teller),
+                    blocks: split.ours,
+                    peer: self.state.node_name(*peer),
+                    peer_blocks: split.theirs,
+                    why: split.why.clone(),
+                });
+            }
+        }
+        known.into_values().collect()
     }
 
     fn local(&self, node: NodeId, volume: &Volume) -> Option<&LocalVolume> {

@@ -1,5 +1,7 @@
 //! The verdict on a status: what is not as it should be. Pure.
 
+use relevo_types::BLOCK_SIZE;
+
 use crate::api::{
     ClusterStatus, Health, NodeStatus, PartState, ReplicaStatus, ServiceState, ServiceStatus,
     VolumeStatus,
@@ -101,6 +103,16 @@ impl Findings {
                 self.add(Health::Degraded, problem);
             }
         }
+        for split in &volume.splits {
+            let (node, peer) = (&split.node, &split.peer);
+            let problem = format!(
+                "SPLIT BRAIN of volume {name}: its replicas on {node} and {peer} were both changed while they were apart: only {node} has {}, only {peer} has {}. Nothing is replicated between them ({}). `relevo volume resolve {name} --keep {node}` or `relevo volume resolve {name} --keep {peer}` decides; what only the other one has is saved before it is overwritten",
+                side_words(split.blocks),
+                side_words(split.peer_blocks),
+                split.why
+            );
+            self.add(Health::Degraded, problem);
+        }
         let alone = volume.in_sync.len() == 1 && volume.replicas.len() > 1;
         if alone
             && let (Some(primary), true) = (&volume.primary, volume.replicas.iter().any(follows))
@@ -151,6 +163,13 @@ impl Findings {
             }
         }
     }
+}
+
+/// How much of it a replica has alone: `1.2 MiB (300 blocks of 4 KiB)`.
+pub(crate) fn side_words(blocks: u64) -> String {
+    let tenths = blocks.saturating_mul(BLOCK_SIZE).saturating_mul(10) >> 20;
+    let (whole, tenths) = (tenths / 10, tenths % 10);
+    format!("{whole}.{tenths} MiB ({blocks} blocks of 4 KiB)")
 }
 
 /// A replica of protocol A that does what it shall: it is never in sync, and gets every write.

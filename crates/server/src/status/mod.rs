@@ -6,7 +6,7 @@
 mod compose;
 mod judge;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 pub(crate) use compose::{Sources, compose, service_state};
-pub(crate) use judge::judge;
+pub(crate) use judge::{judge, side_words};
 
 use crate::{
     api::PartState,
@@ -52,6 +52,19 @@ pub(crate) struct LocalVolume {
     pub(crate) remark: Option<String>,
     pub(crate) device: Option<PathBuf>,
     pub(crate) nbd: Option<PathBuf>,
+    /// Peers whose history forked from this replica's, both with changes.
+    #[serde(default)]
+    pub(crate) splits: BTreeMap<NodeId, LocalSplit>,
+}
+
+/// What a replica's node knows of a peer of another history.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct LocalSplit {
+    /// Blocks that only this replica has.
+    pub(crate) ours: u64,
+    /// Blocks that only the peer's has.
+    pub(crate) theirs: u64,
+    pub(crate) why: String,
 }
 
 /// What a replica's node knows of another replica.
@@ -156,6 +169,19 @@ impl LocalSource {
                         remark: live.remark,
                         device: self.volumes.shared.exports.device(known.volume),
                         nbd: status.engine.open.then_some(live.nbd),
+                        splits: status
+                            .engine
+                            .splits
+                            .iter()
+                            .map(|(node, split)| {
+                                let split = LocalSplit {
+                                    ours: split.ours,
+                                    theirs: split.theirs,
+                                    why: split.why.clone(),
+                                };
+                                (*node, split)
+                            })
+                            .collect(),
                     };
                     Some((known.volume, volume))
                 }

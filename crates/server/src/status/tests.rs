@@ -32,7 +32,7 @@ fn spec(name: &str, kind: NodeKind) -> NodeSpec {
 
 /// `alfa` and `beta` with a replica each of `mail`, the witness `wit`; `alfa` is primary and
 /// holds the service.
-fn state() -> ClusterState {
+pub(crate) fn state() -> ClusterState {
     let mut state = ClusterState::default();
     let mut apply = |command: Command| {
         state.apply(&command).unwrap();
@@ -237,6 +237,51 @@ fn a_replica_of_protocol_a_is_no_trouble_but_no_safety() {
         [
             "no other replica has acknowledged data of volume mail: if alfa is lost, what its replicas of protocol A lack is lost too"
         ]
+    );
+}
+
+#[test]
+fn a_split_brain_is_an_alarm_that_names_both_sides() {
+    let mut state = state();
+    let volume = state.volumes.get_mut(&VolumeId(1)).unwrap();
+    volume.in_sync.remove(&NodeId(2));
+    let mut report = report(None);
+    let mine = report.volumes.get_mut(&VolumeId(1)).unwrap();
+    mine.peers.get_mut(&NodeId(2)).unwrap().state = "StandAlone".to_owned();
+    let split = |ours, theirs| LocalSplit {
+        ours,
+        theirs,
+        why: "a person decides".to_owned(),
+    };
+    mine.splits.insert(NodeId(2), split(300, 2));
+    let mut theirs = LocalReport::default();
+    let volume = LocalVolume {
+        disk: "Outdated".to_owned(),
+        splits: BTreeMap::from([(NodeId(1), split(2, 300))]),
+        ..LocalVolume::default()
+    };
+    theirs.volumes.insert(VolumeId(1), volume);
+    let observed = observed(Liveness::Alive, Phase::Running);
+    let status = compose(&Sources {
+        state: &state,
+        me: NodeId(2),
+        leader: observed.leader,
+        observed: Some(&observed),
+        reports: &BTreeMap::from([(NodeId(1), report), (NodeId(2), theirs)]),
+        now: Time(100 * SECOND),
+        now_unix_ms: 1_700_000_000_000,
+    });
+    let splits = &status.volumes[0].splits;
+    assert_eq!(splits.len(), 1, "once, by the primary's word: {splits:?}");
+    let (health, problems) = judge(&status);
+    assert_eq!(health, Health::Degraded);
+    let alarm = problems.iter().find(|it| it.starts_with("SPLIT BRAIN"));
+    assert_eq!(
+        alarm.map(String::as_str),
+        Some(
+            "SPLIT BRAIN of volume mail: its replicas on alfa and beta were both changed while they were apart: only alfa has 1.1 MiB (300 blocks of 4 KiB), only beta has 0.0 MiB (2 blocks of 4 KiB). Nothing is replicated between them (a person decides). `relevo volume resolve mail --keep alfa` or `relevo volume resolve mail --keep beta` decides; what only the other one has is saved before it is overwritten"
+        ),
+        "{problems:?}"
     );
 }
 

@@ -6,6 +6,7 @@ mod node;
 mod order;
 mod replica;
 mod service;
+mod split;
 mod volume;
 mod wait_sync;
 

@@ -4,13 +4,13 @@ use relevo_transport::random;
 use relevo_types::{
     BLOCK_SIZE, LineageId, VolumeId,
     cluster::{
-        ClusterState, Command, NodeKind, Outcome, Protocol, ReplicaSpec, ReplicaStanding, Volume,
-        VolumeChange,
+        ClusterState, Command, NodeKind, Outcome, Protocol, Rejection, ReplicaSpec,
+        ReplicaStanding, Volume, VolumeChange,
     },
     size::format_size,
 };
 
-use super::{Found, WAIT, find_node, find_volume};
+use super::{Found, ProposeFailure, WAIT, find_node, find_volume};
 use crate::{
     api::{ApiError, CreateVolumeRequest, Done, ErrorKind},
     cluster::Cluster,
@@ -138,7 +138,19 @@ impl Cluster {
                 expect: volume.epoch,
                 change: VolumeChange::Promote { node: me },
             };
-            self.change(&what, command).await?;
+            self.propose(command).await.map_err(|failure| {
+                let is_stale = matches!(
+                    failure,
+                    ProposeFailure::Rejected(Rejection::NotInSync { .. })
+                );
+                let mut error = failure.explain(&what);
+                if is_stale {
+                    error.remedy = format!(
+                        "wait for its resync; if every replica in sync is lost for good: `relevo primary {name} --force`"
+                    );
+                }
+                error
+            })?;
         }
         self.await_open(volume.id, &what).await?;
         let path = self.export_by_hand(volume.id).await.map_err(|why| {

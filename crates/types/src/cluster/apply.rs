@@ -1,5 +1,6 @@
 //! Applying commands: the one place where the replicated state changes.
 
+mod lineages;
 mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -330,6 +331,7 @@ impl ClusterState {
                 joined: Epoch(0),
                 replaces: None,
                 leaving: false,
+                gives_way: false,
             };
             if replicas.insert(spec.node, replica).is_some() {
                 let why = format!(
@@ -346,6 +348,7 @@ impl ClusterState {
             name: name.to_owned(),
             size,
             lineage,
+            lineages: vec![lineage],
             epoch: Epoch(0),
             primary: None,
             in_sync: BTreeSet::new(),
@@ -487,13 +490,24 @@ impl ClusterState {
                     .get_mut(node)
                     .ok_or(Rejection::NoReplica { node: *node })?;
                 replica.joined = epoch;
+                replica.gives_way = false;
                 volume.in_sync.insert(*node);
             }
+            VolumeChange::Force {
+                node,
+                lineage,
+                others_give_way,
+            } => volume.force(*node, *lineage, *others_give_way)?,
+            VolumeChange::KeepInForce => volume.let_outsiders_give_way(),
+            VolumeChange::GiveWay { node, to } => volume.give_way(*node, *to)?,
         }
         volume.drop_leavers();
         volume.epoch = epoch;
         volume.version += 1;
-        if let VolumeChange::Join { node } = change {
+        if let VolumeChange::Join { node }
+        | VolumeChange::Force { node, .. }
+        | VolumeChange::GiveWay { to: node, .. } = change
+        {
             self.forget_failures(id, *node);
         }
         Ok(Outcome::Epoch(epoch))

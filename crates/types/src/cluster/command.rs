@@ -215,6 +215,30 @@ pub enum VolumeChange {
         /// The node.
         node: NodeId,
     },
+    /// A person takes a replica outside the in-sync set for the volume: it becomes the set, and a new
+    /// history begins. What only others have is missing from now on. Rejected while the volume has a
+    /// primary, and for a member, which can be promoted without loss.
+    Force {
+        /// The node of the replica.
+        node: NodeId,
+        /// The new history; one that the volume never had.
+        lineage: LineageId,
+        /// The other replicas give way whatever they have. Else they stand alone if they have
+        /// something of their own, until a person or the policy decides.
+        others_give_way: bool,
+    },
+    /// A person, or the policy, keeps the history in force: replicas outside the in-sync set give way
+    /// whatever they have.
+    KeepInForce,
+    /// The primary's history gives way to what a replica outside the set has, where a new history
+    /// begins: others may be of the same one as that replica and have something else. The node of the
+    /// primary steps down; all but that replica give way.
+    GiveWay {
+        /// The primary.
+        node: NodeId,
+        /// The node of the replica that is kept.
+        to: NodeId,
+    },
 }
 
 /// Why a node can't do anything any more (DESIGN, rule 8).
@@ -324,6 +348,14 @@ pub enum Rejection {
     NotPrimary { node: NodeId },
     #[error("the in-sync set would be empty")]
     LastInSync,
+    #[error(
+        "node {node} has an in-sync replica: `relevo primary` makes it primary without any loss, nothing needs to be forced"
+    )]
+    AlreadyInSync { node: NodeId },
+    #[error("the replica on node {node} was not created: there is nothing on it")]
+    ReplicaNotReady { node: NodeId },
+    #[error("the volume had history {lineage} before: a new one must be new")]
+    OldLineage { lineage: LineageId },
     #[error("node {node} has no replica of the volume")]
     NoReplica { node: NodeId },
     #[error(

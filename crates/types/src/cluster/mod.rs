@@ -13,11 +13,11 @@ mod state;
 mod tests;
 
 pub use command::{Command, Outcome, Proof, Rejection, VolumeChange};
-pub use options::{Congestion, OnCongestion, PairProtocol, VolumeOptions};
+pub use options::{AfterSplitBrain, Congestion, OnCongestion, PairProtocol, VolumeOptions};
 pub use service::{
     AddressPart, FailureRecord, MountPart, Part, ProcessPart, Service, ServiceSpec, VolumePart,
 };
 pub use state::{
-    ClusterState, JoinToken, LeaseStanding, Node, NodeKind, NodePath, NodeSpec, Ports, Protocol,
-    Replica, ReplicaSpec, ReplicaStanding, Volume,
+    ClusterState, JoinToken, LINEAGES_MAX, LeaseStanding, Node, NodeKind, NodePath, NodeSpec,
+    Ports, Protocol, Replica, ReplicaSpec, ReplicaStanding, Volume,
 };

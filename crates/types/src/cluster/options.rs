@@ -29,6 +29,9 @@ pub struct VolumeOptions {
     /// When a disk that does not answer counts as failed.
     #[serde(default)]
     pub disk_timeout: DiskTimeout,
+    /// Which side gives way when two histories of the volume meet and both have changes of their own.
+    #[serde(default)]
+    pub after_split_brain: AfterSplitBrain,
 }
 
 /// `on-io-error`: what becomes of a read of the primary's disk that fails, and that no other replica in
@@ -65,6 +68,24 @@ impl Default for DiskTimeout {
     fn default() -> Self {
         Self { seconds: Some(30) }
     }
+}
+
+/// `after-split-brain`
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum AfterSplitBrain {
+    /// Both stand alone until a person decides.
+    #[default]
+    Disconnect,
+    /// The side without changes, if there is one; else both stand alone.
+    DiscardZeroChanges,
+    /// The side that changed fewer blocks.
+    DiscardLeastChanges,
+    /// The side whose history is the older one: that of the primary before the fork.
+    DiscardOlderPrimary,
+    /// The side whose history is the younger one: that of the forced promotion.
+    DiscardYoungerPrimary,
+    /// The replica of this node.
+    Discard(NodeId),
 }
 
 /// The protocol of one pair of replicas.
@@ -275,6 +296,15 @@ const TABLE: &[Entry] = &[
         },
     },
     Entry {
+        key: "after-split-brain",
+        allowed: "disconnect, discard-zero-changes, discard-least-changes, discard-older-primary, discard-younger-primary, or `discard NODE`",
+        show: |options, state| options.after_split_brain.words(state),
+        set: |options, state, value| {
+            options.after_split_brain = AfterSplitBrain::parse(state, value)?;
+            Some(())
+        },
+    },
+    Entry {
         key: "sndbuf-size",
         allowed: "4096 to 67108864 bytes",
         show: |options, _| options.congestion.sndbuf_bytes.to_string(),
@@ -416,6 +446,32 @@ fn parse_seconds(value: &str, least: u32, most: u32) -> Option<u32> {
     (least..=most).contains(&seconds).then_some(seconds)
 }
 
+impl AfterSplitBrain {
+    /// As an administrator writes it.
+    #[must_use]
+    pub fn words(self, state: &ClusterState) -> String {
+        match self {
+            Self::Disconnect => "disconnect".to_owned(),
+            Self::DiscardZeroChanges => "discard-zero-changes".to_owned(),
+            Self::DiscardLeastChanges => "discard-least-changes".to_owned(),
+            Self::DiscardOlderPrimary => "discard-older-primary".to_owned(),
+            Self::DiscardYoungerPrimary => "discard-younger-primary".to_owned(),
+            Self::Discard(node) => format!("discard {}", state.node_name(node)),
+        }
+    }
+
+    fn parse(state: &ClusterState, value: &str) -> Option<Self> {
+        Some(match value {
+            "disconnect" => Self::Disconnect,
+            "discard-zero-changes" => Self::DiscardZeroChanges,
+            "discard-least-changes" => Self::DiscardLeastChanges,
+            "discard-older-primary" => Self::DiscardOlderPrimary,
+            "discard-younger-primary" => Self::DiscardYoungerPrimary,
+            other => Self::Discard(state.node_named(other.strip_prefix("discard ")?)?.id),
+        })
+    }
+}
+
 impl OnLoss {
     const ALLOWED: &str = "suspend-io or io-error";
 
@@ -453,6 +509,8 @@ mod tests {
         options.set(&state, no_data, "suspend-io").unwrap();
         options.set(&state, "disk-timeout", "2min").unwrap();
         assert_eq!(options.disk_timeout.seconds, Some(120));
+        let policy = ("after-split-brain", "discard-least-changes");
+        options.set(&state, policy.0, policy.1).unwrap();
         let mut again = VolumeOptions::default();
         for (key, value) in options.list(&state) {
             again.set(&state, key, &value).unwrap();

@@ -166,8 +166,12 @@ pub struct Volume {
     pub name: String,
     /// Size in bytes: a multiple of [`crate::BLOCK_SIZE`], more than 0.
     pub size: u64,
-    /// Its history.
+    /// Its history in force.
     pub lineage: LineageId,
+    /// All its histories, the first one first, at most [`LINEAGES_MAX`] of the newest: which of two
+    /// forked from which.
+    #[serde(default)]
+    pub lineages: Vec<LineageId>,
     /// Number of the configuration below; 0 until every replica was created.
     pub epoch: Epoch,
     /// The one node whose applications may use the volume.
@@ -211,7 +215,14 @@ pub struct Replica {
     pub replaces: Option<NodeId>,
     /// It shall go. The primary first lets it leave the in-sync set; outside of it, it is removed.
     pub leaving: bool,
+    /// A person, or the policy, decided that what only this replica has gives way to the history in force.
+    /// Its node saves it before it is overwritten. Over when it joins.
+    #[serde(default)]
+    pub gives_way: bool,
 }
+
+/// How many histories of a volume are remembered.
+pub const LINEAGES_MAX: usize = 64;
 
 /// Whether a replica's backing exists.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

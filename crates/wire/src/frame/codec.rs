@@ -37,6 +37,7 @@ mod kind {
     pub(super) const VERIFYING: u8 = 23;
     pub(super) const READ_BLOCKS: u8 = 50;
     pub(super) const CONTENT: u8 = 51;
+    pub(super) const CHANGES: u8 = 44;
 }
 
 const BODY_DATA: u8 = 0;
@@ -47,6 +48,7 @@ const REFUSE_OTHER_LINEAGE: u8 = 1;
 const REFUSE_DISK: u8 = 2;
 const REFUSE_PROTOCOL: u8 = 3;
 const REFUSE_STAND_ALONE: u8 = 4;
+const REFUSE_SPLIT_BRAIN: u8 = 5;
 
 /// The longest text of a refusal; longer ones are cut. They are for a person's log.
 const MAX_REASON_BYTES: usize = 1024;
@@ -175,6 +177,11 @@ pub(super) fn write_fields(
             out.put_u8(u8::from(*active));
             kind::VERIFYING
         }
+        Message::Changes { blocks, consistent } => {
+            out.put_u64_le(*blocks);
+            out.put_u8(u8::from(*consistent));
+            kind::CHANGES
+        }
         Message::PauseSync { paused } => {
             out.put_u8(u8::from(*paused));
             kind::PAUSE_SYNC
@@ -283,6 +290,12 @@ fn put_refusal(out: &mut BytesMut, refusal: &Refusal) {
         Refusal::StandAlone { reason } => {
             out.put_u8(REFUSE_STAND_ALONE);
             put_reason(out, reason);
+        }
+        Refusal::SplitBrain { ours, theirs, why } => {
+            out.put_u8(REFUSE_SPLIT_BRAIN);
+            out.put_u64_le(*ours);
+            out.put_u64_le(*theirs);
+            put_reason(out, why);
         }
     }
 }
@@ -445,6 +458,10 @@ fn read_answer(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameErr
         kind::PAUSE_SYNC => Message::PauseSync {
             paused: fields.bool()?,
         },
+        kind::CHANGES => Message::Changes {
+            blocks: fields.u64()?,
+            consistent: fields.bool()?,
+        },
         kind::PING => Message::Ping,
         kind::PONG => Message::Pong,
         found => return Err(FrameError::UnknownType { found }),
@@ -574,6 +591,11 @@ impl Fields<'_> {
             },
             REFUSE_STAND_ALONE => Refusal::StandAlone {
                 reason: self.reason()?,
+            },
+            REFUSE_SPLIT_BRAIN => Refusal::SplitBrain {
+                ours: self.u64()?,
+                theirs: self.u64()?,
+                why: self.reason()?,
             },
             _ => return Err(self.malformed("it refuses for an unknown reason")),
         })

@@ -196,6 +196,8 @@ fn refusal() -> impl Strategy<Value = Refusal> {
         "\\PC{0,80}".prop_map(|reason| Refusal::Disk { reason }),
         "\\PC{0,80}".prop_map(|reason| Refusal::StandAlone { reason }),
         "\\PC{0,80}".prop_map(|reason| Refusal::Protocol { reason }),
+        (any::<(u64, u64)>(), "\\PC{0,80}")
+            .prop_map(|((ours, theirs), why)| { Refusal::SplitBrain { ours, theirs, why } }),
     ]
 }
 

@@ -6,7 +6,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 29;
+pub(crate) const KINDS: usize = 30;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
@@ -28,7 +28,7 @@ fn body(random: &mut Random) -> (ByteRange, Body) {
 
 fn refusal(random: &mut Random) -> Refusal {
     let reason = "a reason with \u{e4} and \u{20ac}".repeat(random.below(9));
-    match random.below(5) {
+    match random.below(6) {
         0 => Refusal::StaleEpoch {
             given: Epoch(random.tricky()),
             seen: Epoch(random.tricky()),
@@ -39,6 +39,11 @@ fn refusal(random: &mut Random) -> Refusal {
         },
         2 => Refusal::Disk { reason },
         3 => Refusal::StandAlone { reason },
+        4 => Refusal::SplitBrain {
+            ours: random.tricky(),
+            theirs: random.tricky(),
+            why: reason,
+        },
         _ => Refusal::Protocol { reason },
     }
 }
@@ -153,6 +158,10 @@ pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
             }
         }
         27 => Message::Ping,
+        28 => Message::Changes {
+            blocks: random.tricky(),
+            consistent: random.one_in(2),
+        },
         _ => Message::Pong,
     }
 }

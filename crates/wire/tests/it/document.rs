@@ -268,6 +268,10 @@ fn fields(message: &Message) -> Vec<(&'static str, Vec<u8>)> {
         }
         Message::Refuse(refusal) => refused(refusal),
         Message::PauseSync { paused } => vec![("paused", vec![u8::from(*paused)])],
+        Message::Changes { blocks, consistent } => vec![
+            ("blocks", number(*blocks)),
+            ("consistent", vec![u8::from(*consistent)]),
+        ],
         Message::Digests {
             epoch,
             id,
@@ -316,6 +320,11 @@ fn refused(refusal: &Refusal) -> Vec<(&'static str, Vec<u8>)> {
         Refusal::Disk { reason } => text(2, reason),
         Refusal::Protocol { reason } => text(3, reason),
         Refusal::StandAlone { reason } => text(4, reason),
+        Refusal::SplitBrain { ours, theirs, why } => {
+            let mut all = pair(5, ("ours", *ours), ("theirs", *theirs));
+            all.push(("text", why.as_bytes().to_vec()));
+            all
+        }
         #[allow(
             unreachable_patterns,
             reason = "a new reason fails the test, with words"

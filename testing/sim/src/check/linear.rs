@@ -320,6 +320,31 @@ impl History {
         }
     }
 
+    /// Another history is in force (rule 9): what its replica has is the truth from now on, and no write
+    /// under way elsewhere counts. `content` gives the writes of a block's sectors on that replica.
+    pub fn restart(&mut self, content: impl Fn(u64) -> [WriteNo; SECTORS_PER_BLOCK]) {
+        let cut = self.tick();
+        self.last_cut = cut;
+        for write in &mut self.writes {
+            write.flushed = false;
+        }
+        for (block, entry) in &mut self.blocks {
+            let content = content(*block);
+            entry.clusters.clear();
+            entry.zero = WriteNo::ZERO;
+            entry.unknown = u8::MAX;
+            entry.cut = cut;
+            for (sector, write) in content.into_iter().enumerate() {
+                let index = entry.position(write).unwrap_or_else(|| {
+                    entry.clusters.push(Cluster::new(write, cut));
+                    entry.clusters.len() - 1
+                });
+                entry.clusters[index].candidate |= bit(sector);
+                entry.clusters[index].offered |= bit(sector);
+            }
+        }
+    }
+
     /// Whether a write of a block may be there as well as `wanted` or instead of it: it is
     /// `wanted` itself, or was not certainly before it.
     #[must_use]

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use relevo_replication::{DiskOp, DiskOpKind, Effect, Input, OpId, PeerState, VolumeEvent};
+use relevo_replication::{
+    DiskOp, DiskOpKind, Effect, Input, OpId, PeerState, SavePart, VolumeEvent,
+};
 use relevo_types::{ByteRange, NodeId, Time, cluster::Protocol};
 use relevo_wire::{Message, Refusal};
 
@@ -153,6 +155,7 @@ impl Cluster {
                 Ok(())
             }
             Effect::OrderDone { .. } => Ok(()),
+            Effect::Save { id, part } => self.save(node, id, part),
             Effect::Event(event) => self.volume_event(node, event),
         }
     }
@@ -391,6 +394,8 @@ impl Cluster {
                 self.opened(node, epoch)?;
             }
             VolumeEvent::Closed { .. } => process.open = None,
+            VolumeEvent::SplitBrain { .. } => self.marks.reached("split brain was seen"),
+            VolumeEvent::GaveWay { .. } => self.marks.reached("a history gave way"),
             VolumeEvent::Verified {
                 node: peer,
                 differing,
@@ -437,6 +442,7 @@ impl Cluster {
             }
         }
         self.last_open = Some(node);
+        self.severed.remove(&node);
         // What this node has is the truth from now on, with the holes that a power loss left.
         if let Some(lost) = self.machines[node].lost_power.take() {
             self.history.cut(lost);
@@ -563,6 +569,10 @@ fn effect_words(effect: &Effect) -> String {
         Effect::Propose { expect, change } => format!("propose {change:?} at {expect}"),
         Effect::Event(event) => format!("{event:?}"),
         Effect::OrderDone { id, result } => format!("order {} {result:?}", id.0),
+        Effect::Save { id, part } => match part {
+            SavePart::Blocks { blocks, .. } => format!("save {} {blocks:?}", id.0),
+            other => format!("save {} {other:?}", id.0),
+        },
         Effect::CloseLink { peer, reason } => format!("close link to {peer}: {reason}"),
     }
 }

@@ -142,6 +142,11 @@ impl Cluster {
                     }
                     self.ambush(index_of(*node));
                 }
+                VolumeChange::Force { .. } => self.marks.reached("commit: force"),
+                VolumeChange::KeepInForce => {}
+                VolumeChange::GiveWay { node, to } => {
+                    self.went_back(index_of(*node), index_of(*to));
+                }
             },
             Command::Evict { .. } => self.marks.reached("commit: evict, condemned"),
             _ => {}

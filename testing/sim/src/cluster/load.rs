@@ -100,10 +100,14 @@ impl Cluster {
     /// Usually the node that is open; now and then any.
     fn choose_node(&mut self) -> Option<Index> {
         let any = self.chance.load.index(self.scenario.data_nodes);
+        if self.severed.contains(&any) {
+            return None;
+        }
         if self.chance.load.chance(3.0) {
             return self.machines[any].process.is_some().then_some(any);
         }
         let open: Vec<Index> = (0..self.scenario.data_nodes)
+            .filter(|node| !self.severed.contains(node))
             .filter(|node| self.machines[*node].open().is_some())
             .collect();
         (!open.is_empty()).then(|| self.chance.load.pick(&open))
@@ -255,6 +259,13 @@ impl Cluster {
     }
 
     fn answered_well(&mut self, node: Index, pending: &Pending, bytes: &Bytes) -> Verdict {
+        if self.severed.contains(&node) {
+            // Of a history that somebody gave up: it promises nothing any more.
+            return match pending.what {
+                What::Write { number, .. } => self.history.write_failed(number),
+                What::Read(_) | What::Flush => Ok(()),
+            };
+        }
         match &pending.what {
             What::Read(range) => self.read_answered(pending.invoked, *range, bytes),
             What::Write { number, fua } => {

@@ -1,9 +1,14 @@
 //! A simulated machine: what survives a process (disk, what it knows of the log, its clock), and the
 //! process with its engine. Owned by the cluster.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
-use relevo_replication::{Engine, Input};
+use bytes::Bytes;
+use relevo_replication::{Engine, Input, SaveId};
 use relevo_types::{Epoch, NodeId, Time, cluster::ClusterState, cluster::Volume};
 
 use super::managed::{Kept, Manager};
@@ -69,6 +74,9 @@ pub(super) struct Machine {
     /// What its manager's doings leave on the machine. Layer 2.
     pub(super) kept: Kept,
     pub(super) incarnations: u64,
+    /// What was saved of it before it was overwritten, by block; and a saving that is not complete.
+    pub(super) saved: BTreeMap<u64, Bytes>,
+    pub(super) saving: Option<(SaveId, BTreeMap<u64, Bytes>)>,
 }
 
 /// A running daemon.
@@ -127,6 +135,8 @@ impl Machine {
             has_replica: true,
             kept: Kept::default(),
             incarnations: 0,
+            saved: BTreeMap::new(),
+            saving: None,
         }
     }
 

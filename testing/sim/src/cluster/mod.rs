@@ -13,10 +13,11 @@ mod managed;
 mod operator;
 mod replicas;
 mod rot;
+mod split;
 mod trouble;
 mod verify;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use relevo_replication::{Engine, EngineConfig, Input, lab::Lab};
 use relevo_types::{
@@ -104,6 +105,12 @@ enum Event {
     Client(usize),
     /// The next fault.
     Trouble,
+    /// What was to be saved is.
+    Saved {
+        node: Index,
+        incarnation: u64,
+        id: relevo_replication::SaveId,
+    },
     /// A node starts its daemon.
     Start(Index),
     /// A stopped process goes on.
@@ -175,6 +182,10 @@ pub struct Cluster {
     /// What a disk altered by itself, until it is repaired.
     rotten: Option<rot::Rotten>,
     replaced: Option<replicas::Replaced>,
+    /// Whose reign is of a history that is not in force any more: clients stay away until they open anew.
+    severed: BTreeSet<Index>,
+    /// A policy gave up the history in force.
+    went_back: bool,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
     /// A part or a disk failed: a person has to say `service start` after the repair. Layer 2.
@@ -296,6 +307,8 @@ impl Cluster {
             last_order: 0,
             rotten: None,
             replaced: None,
+            severed: BTreeSet::new(),
+            went_back: false,
             target: None,
             person_needed: false,
             leader: None,
@@ -359,6 +372,9 @@ impl Cluster {
             if self.scenario.rot {
                 self.rot_one()?;
             }
+        }
+        if self.scenario.split {
+            self.split_brain()?;
         }
         Ok(())
     }
@@ -473,10 +489,20 @@ impl Cluster {
             } => self.part_done(node, incarnation, service),
             Event::Client(client) => self.client(client),
             Event::Trouble => self.trouble(),
+            Event::Saved {
+                node,
+                incarnation,
+                id,
+            } if self.machines[node].incarnation() == incarnation => {
+                self.feed(node, Input::Saved { id, result: Ok(()) })
+            }
+            Event::Saved { .. } => Ok(()),
             Event::Start(node) => self.start(node),
             Event::Resume(node) => self.resume(node),
             Event::Replaced => self.replace_replica(),
             Event::Order { node, order } => self.order(node, order),
+            // Not while a node is cut off on purpose.
+            Event::Heal(_) if !self.severed.is_empty() => Ok(()),
             Event::Heal(directions) => {
                 for (plane, from, to) in directions {
                     self.net.set_open(plane, from, to, true);

@@ -18,7 +18,7 @@ use crate::{
 impl Cluster {
     /// Injects the next fault and arranges the one after it.
     pub(super) fn trouble(&mut self) -> Verdict {
-        if self.phase != Phase::Trouble {
+        if self.phase != Phase::Trouble || self.scenario.faults.is_empty() {
             return Ok(());
         }
         let mean = self.scenario.fault_every;
@@ -111,7 +111,7 @@ impl Cluster {
         }
     }
 
-    fn crash_and_return(&mut self, node: Index, kind: Crash) {
+    pub(super) fn crash_and_return(&mut self, node: Index, kind: Crash) {
         if self.machines[node].process.is_some() || kind == Crash::Power {
             self.crash(node, kind);
             let back = self.chance.trouble.spread_millis(3, 1500);

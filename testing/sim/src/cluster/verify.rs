@@ -14,7 +14,7 @@ use crate::{
 
 /// From the end of all faults until everything serves and is in sync. Generous: some dead times for
 /// evictions and link time-outs one after the other, restarts, and a resync.
-const HEAL_WITHIN: Duration = Duration::from_secs(14);
+pub(super) const HEAL_WITHIN: Duration = Duration::from_secs(14);
 
 /// From when a secondary's disk hangs until writes go on without it: some link time-outs.
 const SERVES_WITHOUT_WITHIN: Duration = Duration::from_secs(8);
@@ -235,10 +235,20 @@ impl Cluster {
         };
         let mut marks = engine.dirty_blocks(node_id(target));
         marks.extend(engine.dirty_blocks(node_id(source)));
+        if !self.severed.is_empty() {
+            // Of another history: what it has of its own is marked there.
+            let other = self.engine(target);
+            for node in (0..self.scenario.data_nodes).map(node_id) {
+                marks.extend(other.map_or_else(Vec::new, |it| it.dirty_blocks(node)));
+            }
+        }
         let attached = self.machines[target]
             .process
             .as_ref()
             .is_some_and(|process| process.attached && !process.disk_failed);
+        if !self.severed.is_empty() && !attached {
+            return Ok(());
+        }
         match self.engine(target).filter(|_| attached) {
             Some(engine) => marks.extend(engine.dirty_blocks(node_id(target))),
             None => marks.extend(cold.uncertain(&self.machines[target].disk)),

@@ -21,6 +21,10 @@ fn caught(bug: PlantedBug) {
             hang_one: false,
             ..Scenario::of_seed(seed)
         };
+        scenario.split |= matches!(
+            bug,
+            PlantedBug::MergeInSilence | PlantedBug::OverwriteWithoutSaving
+        );
         if bug == PlantedBug::IgnoreLowerEpoch {
             // A replaced primary rarely gets a write through to anyone: it takes a network that
             // loses its heartbeats alone, and not too much else at the same time.
@@ -119,4 +123,14 @@ fn repairing_a_member_is_caught() {
 #[test]
 fn healing_from_a_replica_that_is_not_in_sync_is_caught() {
     caught(PlantedBug::HealFromAnybody);
+}
+
+#[test]
+fn overwriting_a_history_that_nobody_gave_up_is_caught() {
+    caught(PlantedBug::MergeInSilence);
+}
+
+#[test]
+fn overwriting_before_it_was_saved_is_caught() {
+    caught(PlantedBug::OverwriteWithoutSaving);
 }

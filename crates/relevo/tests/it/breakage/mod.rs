@@ -9,6 +9,7 @@ mod kills;
 mod mixed;
 mod networks;
 mod replicas;
+mod split;
 mod stops;
 
 use std::time::Duration;

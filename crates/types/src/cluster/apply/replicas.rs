@@ -44,6 +44,7 @@ impl ClusterState {
             joined: Epoch(0),
             replaces,
             leaving: false,
+            gives_way: false,
         };
         volume.replicas.insert(spec.node, replica);
         volume.version += 1;

@@ -1,0 +1,374 @@
+//! Split brain: two histories, forced apart and brought together (rule 9).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use relevo_replication::{Input, SaveId, SavePart};
+use relevo_types::{
+    LineageId,
+    cluster::{AfterSplitBrain, Command, VolumeChange, VolumeOptions},
+};
+
+use super::{Cluster, Crash, Event, Phase, node_id, verify::HEAL_WITHIN};
+use crate::{
+    check::{HEALS, Verdict, Violation},
+    control::volume_command,
+    net::{Index, Plane},
+    stamp::{SECTORS_PER_BLOCK, WriteNo, read_block},
+};
+
+/// Cuts of the network that are over by then heal no more.
+const LAST_CUTS_HEAL: Duration = Duration::from_millis(1600);
+
+const RULE: &str = "divergence is seen and never merged in silence (rule 9)";
+
+/// Blocks that were ever written, with their bytes.
+type Content = BTreeMap<u64, Vec<u8>>;
+
+/// A fork.
+#[derive(Debug)]
+struct Scene {
+    old: Index,
+    forced: Index,
+    policy: AfterSplitBrain,
+    /// What the forced replica had at the fork.
+    fork: Content,
+    /// What the old primary had when the other was forced.
+    theirs: Content,
+    /// Both wrote before they met.
+    both: bool,
+    /// Whose history gives way, and what it had. Nobody's that is looked at: the forced one's, by a
+    /// policy, in the middle of its work.
+    loser: Option<(Index, Content)>,
+}
+
+impl Cluster {
+    /// A replica that gives way has something kept.
+    pub(super) fn save(&mut self, node: Index, id: SaveId, part: SavePart) -> Verdict {
+        let machine = &mut self.machines[node];
+        match part {
+            SavePart::Begin { .. } => machine.saving = Some((id, BTreeMap::new())),
+            SavePart::Blocks { blocks, data } => {
+                if let Some((_, saving)) = machine.saving.as_mut().filter(|(of, _)| *of == id) {
+                    for (block, at) in blocks.iter().zip((0..data.len()).step_by(4096)) {
+                        saving.insert(block, data.slice(at..at + 4096));
+                    }
+                }
+            }
+            SavePart::End => {
+                if let Some((_, saving)) = machine.saving.take_if(|(of, _)| *of == id) {
+                    machine.saved.extend(saving);
+                }
+            }
+        }
+        let incarnation = machine.incarnation();
+        let delay = self.chance.disk.micros(100, 3000);
+        let saved = Event::Saved {
+            node,
+            incarnation,
+            id,
+        };
+        self.queue.after(delay, saved);
+        Ok(())
+    }
+
+    /// The history in force gives way to that of a replica outside the set.
+    pub(super) fn went_back(&mut self, from: Index, to: Index) {
+        self.marks.reached("a policy decided");
+        self.went_back = true;
+        self.truth_is_on(to);
+        self.severed.insert(from);
+    }
+
+    fn truth_is_on(&mut self, node: Index) {
+        let disk = &self.machines[node].disk;
+        let content = |block| {
+            let bytes = disk.block(block);
+            // What is no content of ours is found by the reads.
+            bytes
+                .and_then(|bytes| read_block(block, bytes).ok())
+                .unwrap_or([WriteNo::ZERO; SECTORS_PER_BLOCK])
+        };
+        self.history.restart(content);
+    }
+
+    fn content(&self, node: Index) -> Content {
+        let disk = &self.machines[node].disk;
+        let blocks = disk.blocks_below(self.scenario.blocks);
+        let content = blocks.filter_map(|block| Some((block, disk.block(block)?.to_vec())));
+        content.collect()
+    }
+
+    /// A primary is cut off, an outdated replica is forced in its place, both are written to; then they
+    /// meet. What only one has is overwritten when somebody decided, and saved before.
+    pub(super) fn split_brain(&mut self) -> Verdict {
+        let Some(old) = self.open_primary() else {
+            return Ok(());
+        };
+        if self.scenario.nodes() < 3 {
+            return Ok(());
+        }
+        let forced = self.other_than(old, self.scenario.data_nodes);
+        let policy = self.choose_policy(old, forced);
+        // Nothing else happens: what each side has must be known.
+        self.scenario.ambush = 0.0;
+        self.scenario.faults.clear();
+        self.end_waits();
+        self.load.writes_answered = 0;
+        self.phase = Phase::Trouble;
+        self.quiet = false;
+        self.run_until(self.queue.now() + LAST_CUTS_HEAL)?;
+        if self.open_primary() != Some(old) {
+            return Ok(());
+        }
+        self.sever_data(old);
+        let alone = BTreeSet::from([node_id(old)]);
+        self.wait("it is alone", |it| it.control.volume().in_sync == alone)?;
+        self.some_time(200)?;
+        self.sever_control(old);
+        self.wait("it is evicted", |it| it.control.volume().primary.is_none())?;
+        self.some_time(200)?;
+        self.severed.insert(old);
+        // What its clients asked for is answered, but for reads without a lease.
+        self.run_until(self.queue.now() + Duration::from_millis(300))?;
+        // A planner that knows old things may have named it again meanwhile.
+        self.wait("it is evicted", |it| it.control.volume().primary.is_none())?;
+        let fork = self.content(forced);
+        let theirs = self.content(old);
+        self.force(forced, false)?;
+        self.wait("the forced replica serves", |it| {
+            it.open_primary() == Some(forced)
+        })?;
+        // Now and then it writes nothing.
+        self.quiet = self.chance.trouble.chance(20.0);
+        self.some_time(400)?;
+        let both = theirs != fork && self.content(forced) != fork;
+        self.mend_network();
+        let mut scene = Scene {
+            old,
+            forced,
+            policy,
+            fork,
+            loser: Some((old, theirs.clone())),
+            theirs,
+            both,
+        };
+        self.meet(&mut scene)?;
+        if self.went_back {
+            scene.loser = None;
+        }
+        self.severed.clear();
+        self.quiet = false;
+        self.heal()?;
+        self.settle()?;
+        self.check_saved(&scene)
+    }
+
+    fn choose_policy(&mut self, old: Index, forced: Index) -> AfterSplitBrain {
+        let policy = self.chance.trouble.pick(&[
+            AfterSplitBrain::Disconnect,
+            AfterSplitBrain::Disconnect,
+            AfterSplitBrain::DiscardZeroChanges,
+            AfterSplitBrain::DiscardLeastChanges,
+            AfterSplitBrain::DiscardOlderPrimary,
+            AfterSplitBrain::DiscardYoungerPrimary,
+            AfterSplitBrain::Discard(node_id(old)),
+            AfterSplitBrain::Discard(node_id(forced)),
+        ]);
+        let volume = self.control.volume();
+        let command = Command::SetVolumeOptions {
+            volume: volume.id,
+            expect: volume.version,
+            options: VolumeOptions {
+                after_split_brain: policy,
+                ..volume.options.clone()
+            },
+        };
+        drop(self.commit_now(old, &command));
+        policy
+    }
+
+    fn wait(&mut self, what: &str, done: impl Fn(&Self) -> bool) -> Verdict {
+        let until = self.queue.now() + HEAL_WITHIN;
+        self.wait_for(until, what, done)
+    }
+
+    fn some_time(&mut self, most_ms: u64) -> Verdict {
+        let time = self.chance.trouble.millis(1, most_ms);
+        self.run_until(self.queue.now() + time)
+    }
+
+    fn sever_data(&mut self, node: Index) {
+        for other in (0..self.scenario.data_nodes).filter(|other| *other != node) {
+            self.net.set_open(Plane::Data, node, other, false);
+            self.net.set_open(Plane::Data, other, node, false);
+        }
+    }
+
+    fn sever_control(&mut self, node: Index) {
+        for other in (0..self.scenario.nodes()).filter(|other| *other != node) {
+            self.net.set_open(Plane::Control, node, other, false);
+            self.net.set_open(Plane::Control, other, node, false);
+        }
+    }
+
+    fn mend_network(&mut self) {
+        let nodes = self.scenario.nodes();
+        for from in 0..nodes {
+            for to in 0..nodes {
+                for plane in Plane::ALL {
+                    self.net.set_open(plane, from, to, true);
+                }
+            }
+        }
+        self.look_at_all_queues();
+    }
+
+    fn force(&mut self, node: Index, others_give_way: bool) -> Verdict {
+        let change = VolumeChange::Force {
+            node: node_id(node),
+            lineage: LineageId(self.chance.trouble.id()),
+            others_give_way,
+        };
+        let expect = self.control.volume().epoch;
+        self.truth_is_on(node);
+        self.commit_now(node, &volume_command(expect, change))
+            .map(drop)
+            .map_err(|rejection| Violation::new(RULE, format!("forcing was rejected: {rejection}")))
+    }
+
+    /// Until all are in sync, by themselves or by a decision.
+    fn meet(&mut self, scene: &mut Scene) -> Verdict {
+        let until = self.queue.now() + HEAL_WITHIN;
+        let mut crash = self.chance.trouble.chance(30.0);
+        let mut decided = false;
+        let quiet_from = self.queue.now() + HEAL_WITHIN / 3;
+        while !(self.all_in_sync(true) && self.open_primary().is_some()) {
+            self.step()?;
+            self.quiet |= self.queue.now() >= quiet_from;
+            let saves = self.machines[scene.old].saving.is_some();
+            if saves && crash {
+                crash = false;
+                self.marks.reached("a crash while a history gave way");
+                self.crash_and_return(scene.old, Crash::Process);
+            }
+            if !decided && self.is_split() {
+                self.stands_alone(scene)?;
+                decided = true;
+                self.decide(scene)?;
+            } else if self.is_split() {
+                // A third replica met another one.
+                self.keep_in_force(scene.forced);
+            }
+            if self.queue.now() >= until {
+                let status = |node| self.engine(node).map(relevo_replication::Engine::status);
+                let what = format!(
+                    "two histories that met did not become one within {HEAL_WITHIN:?} (decided: {decided}, {:?}): {:?}; {:?}",
+                    scene.policy,
+                    status(scene.old),
+                    status(scene.forced)
+                );
+                return Err(Violation::new(HEALS, what));
+            }
+        }
+        let by_hand = matches!(
+            scene.policy,
+            AfterSplitBrain::Disconnect | AfterSplitBrain::DiscardZeroChanges
+        );
+        if scene.both && by_hand && !decided {
+            return Err(Violation::new(
+                RULE,
+                format!("both had changes, and nobody decided ({:?})", scene.policy),
+            ));
+        }
+        Ok(())
+    }
+
+    fn is_split(&self) -> bool {
+        let primary = self.open_primary().and_then(|node| self.engine(node));
+        primary.is_some_and(|engine| !engine.status().splits.is_empty())
+    }
+
+    /// While nobody decided, nothing of the other history is touched.
+    fn stands_alone(&mut self, scene: &Scene) -> Verdict {
+        let split_with = |cluster: &Self| {
+            let primary = cluster.open_primary().and_then(|node| cluster.engine(node));
+            primary.is_some_and(|engine| engine.status().splits.contains_key(&node_id(scene.old)))
+        };
+        if !split_with(self) {
+            return Ok(());
+        }
+        self.some_time(600)?;
+        if split_with(self) && self.content(scene.old) != scene.theirs {
+            return Err(Violation::new(
+                RULE,
+                "a history that stands alone was overwritten".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn keep_in_force(&mut self, by: Index) {
+        let expect = self.control.volume().epoch;
+        let keep = volume_command(expect, VolumeChange::KeepInForce);
+        drop(self.commit_now(by, &keep));
+    }
+
+    fn decide(&mut self, scene: &mut Scene) -> Verdict {
+        let in_force = self.chance.trouble.chance(50.0);
+        if in_force || self.open_primary() != Some(scene.forced) {
+            self.marks
+                .reached("split brain was decided for the history in force");
+            self.keep_in_force(scene.forced);
+            return Ok(());
+        }
+        self.marks
+            .reached("split brain was decided for the other history");
+        self.wait("the old primary hears that it is over", |it| {
+            it.machines[scene.old].open().is_none()
+        })?;
+        if self.open_primary() != Some(scene.forced) {
+            return Ok(());
+        }
+        self.quiet = true;
+        self.target = Some(node_id(scene.old));
+        if let Some(process) = &mut self.machines[scene.forced].process {
+            process.stepping_down = true;
+        }
+        self.feed(scene.forced, Input::Demote)?;
+        self.wait("it steps down", |it| it.control.volume().primary.is_none())?;
+        self.severed.insert(scene.forced);
+        if self.control.volume().in_sync.contains(&node_id(scene.old)) {
+            return Ok(());
+        }
+        scene.loser = Some((scene.forced, self.content(scene.forced)));
+        self.force(scene.old, true)?;
+        self.quiet = false;
+        Ok(())
+    }
+
+    /// What only the loser had and does not have any more was saved.
+    fn check_saved(&self, scene: &Scene) -> Verdict {
+        let Some((loser, had)) = &scene.loser else {
+            return Ok(());
+        };
+        let now = self.content(*loser);
+        let saved = &self.machines[*loser].saved;
+        for (block, bytes) in had {
+            let own = scene.fork.get(block) != Some(bytes);
+            let there = now.get(block) == Some(bytes);
+            let kept = saved.get(block).is_some_and(|kept| kept[..] == bytes[..]);
+            if own && !there && !kept {
+                return Err(Violation::new(
+                    RULE,
+                    format!(
+                        "block {block} of the history that gave way was overwritten and not saved"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
