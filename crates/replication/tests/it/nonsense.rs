@@ -53,7 +53,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(30) {
+    match random.below(31) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -150,6 +150,10 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
             id,
             range,
             body,
+        },
+        29 => Message::Changes {
+            blocks: number(random),
+            consistent: random.one_in(2),
         },
         _ if random.one_in(2) => Message::Pong,
         _ => Message::Ping,
