@@ -111,6 +111,10 @@ impl Forked {
                 stands && !volume(daemon)["splits"].as_array().unwrap().is_empty()
             });
         }
+        // The links are back a moment before the lease is, without which a node calls all of it down.
+        eventually(BOUND, "alfa has a lease again", || {
+            alfa.run(&["status"]).code == 1
+        });
         Some(Self {
             daemons,
             _cables: cables,
