@@ -83,9 +83,7 @@ impl Proposals {
                 format!("that {node} becomes primary")
             }
             VolumeChange::GiveWay { to, .. } => {
-                format!(
-                    "that the history of {to} is in force: nothing was changed here since the fork"
-                )
+                format!("that what {to} has is kept, and this node's history gives way")
             }
             VolumeChange::Force { node, .. } => format!("that {node} is forced"),
             VolumeChange::KeepInForce => "that the others give way".to_owned(),
