@@ -282,7 +282,7 @@ pub enum Refusal {
         /// The highest epoch seen.
         seen: Epoch,
     },
-    /// The two have different histories.
+    /// The two have different histories. Nobody says so any more: see [`Message::Changes`].
     #[error("the data belongs to history {ours}, not {theirs}")]
     OtherLineage {
         /// The sender's.
