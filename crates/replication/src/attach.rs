@@ -252,7 +252,8 @@ impl Attach {
     }
 }
 
-fn whole(layout: &Layout) -> BlockRange {
+/// Every block of a volume.
+pub(crate) fn whole(layout: &Layout) -> BlockRange {
     BlockRange::new(0, layout.data_blocks())
 }
 

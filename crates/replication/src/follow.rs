@@ -230,20 +230,9 @@ impl Machine {
                 from = both.end();
             }
         }
-        if doubt.is_empty() {
-            return;
-        }
         let epoch = primary.epoch;
-        let blocks = doubt.runs(u64::MAX).collect();
-        self.send(
-            cx,
-            peer,
-            Message::DirtyMap {
-                epoch,
-                slot,
-                blocks,
-            },
-        );
+        let runs: Vec<BlockRange> = doubt.runs(u64::MAX).collect();
+        self.send_dirty_map(cx, peer, epoch, slot, &runs);
     }
 
     /// How far the replicas of protocol A are behind.

@@ -20,7 +20,7 @@ use crate::{
     jobs::{JobId, Owner, Reply},
     lab::PlantedBug,
     link::Part,
-    machine::{Machine, is_zero},
+    machine::{Machine, body_of},
     ops::Cx,
     sync::Stage,
 };
@@ -337,11 +337,7 @@ impl Machine {
         if !self.is_link_of(reply) {
             return;
         }
-        let body = if is_zero(&data) {
-            Body::Zeroes
-        } else {
-            Body::Data(data)
-        };
+        let body = body_of(data);
         let Reply { peer, epoch, .. } = reply;
         let content = Message::Content {
             epoch,

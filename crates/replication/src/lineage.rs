@@ -15,6 +15,7 @@ use relevo_types::{
 use relevo_wire::{Message, Refusal};
 
 use crate::{
+    attach::whole,
     bitmap::Blocks,
     io::{Effect, SaveId, SavePart, SplitBrain, VolumeEvent},
     jobs::{Owner, Reply},
@@ -162,21 +163,17 @@ impl Machine {
     }
 
     fn changes_in(&self, slots: u8) -> Blocks {
+        // Of a mix the own map says what it lacks.
+        let own = if self.meta.superblock.inconsistent {
+            0
+        } else {
+            mask(self.meta.own_slot())
+        };
+        let maps = slots_of(slots | own).map(|slot| self.meta.bitmaps.of(slot));
+        let marked = maps.flat_map(|map| map.runs(u64::MAX));
         let mut changes = Blocks::default();
-        for slot in slots_of(slots) {
-            for blocks in self.meta.bitmaps.of(slot).runs(u64::MAX) {
-                changes.set(blocks, |_| {});
-            }
-        }
-        for blocks in self.tail.blocks() {
+        for blocks in marked.chain(self.tail.blocks()) {
             changes.set(blocks, |_| {});
-        }
-        if !self.meta.superblock.inconsistent {
-            // Of a mix the own map says what it lacks.
-            let own = self.meta.bitmaps.of(self.meta.own_slot());
-            for blocks in own.runs(u64::MAX) {
-                changes.set(blocks, |_| {});
-            }
         }
         changes
     }
@@ -245,22 +242,20 @@ impl Machine {
         Some((split, verdict))
     }
 
-    /// The primary judges whoever is of another history.
-    pub(crate) fn settle_lineages(&mut self, cx: &mut Cx<'_>) {
-        for peer in self.links.keys().copied().collect::<Vec<_>>() {
-            match self.verdict(peer) {
-                Some((_, Verdict::OtherGivesWay)) => {
-                    if let Some(link) = self.links.get_mut(&peer) {
-                        link.fork.gives_way = true;
-                    }
+    /// The primary judges a peer that is of another history.
+    pub(crate) fn settle_lineage(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        match self.verdict(peer) {
+            Some((_, Verdict::OtherGivesWay)) => {
+                if let Some(link) = self.links.get_mut(&peer) {
+                    link.fork.gives_way = true;
                 }
-                Some((split, Verdict::StandAlone(_))) => {
-                    self.remember_split(cx, peer, split);
-                    self.refuse_split(cx, peer);
-                }
-                // Proposed; see `gives_way_to`.
-                Some((_, Verdict::InForceGivesWay)) | None => {}
             }
+            Some((split, Verdict::StandAlone(_))) => {
+                self.remember_split(cx, peer, split);
+                self.refuse_split(cx, peer);
+            }
+            // Proposed; see `gives_way_to`.
+            Some((_, Verdict::InForceGivesWay)) | None => {}
         }
     }
 
@@ -333,7 +328,7 @@ impl Machine {
     /// Of a mix nobody knows where it differs from anybody.
     fn doubt_a_mix(&mut self) {
         if self.meta.superblock.inconsistent {
-            let all = BlockRange::new(0, self.meta.layout().data_blocks());
+            let all = whole(self.meta.layout());
             let own = self.meta.own_slot();
             self.meta.bitmaps.set(own, all);
         }

@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use bytes::Bytes;
 use relevo_format::Layout;
 use relevo_types::{BlockRange, Epoch, NodeId, ReplicaSlot, Time, cluster::Volume};
+use relevo_wire::Body;
 
 use crate::{
     gate::Gate,
@@ -418,8 +419,17 @@ pub(crate) fn slots_of(mask_bits: u8) -> impl Iterator<Item = ReplicaSlot> {
         .filter(move |slot| mask_bits & mask(*slot) != 0)
 }
 
+/// Content to be sent: zeroes travel as zeroes.
+pub(crate) fn body_of(data: Bytes) -> Body {
+    if is_zero(&data) {
+        Body::Zeroes
+    } else {
+        Body::Data(data)
+    }
+}
+
 /// Whether all bytes are zero.
-pub(crate) fn is_zero(data: &Bytes) -> bool {
+fn is_zero(data: &Bytes) -> bool {
     // By words: the compiler turns this into wide compares.
     let (head, words, tail) = (data.chunks_exact(16), data.len() / 16 * 16, data);
     head.map(|chunk| chunk.iter().fold(0, |all, byte| all | byte))

@@ -1,8 +1,8 @@
 //! What an operator tells an engine: it is obeyed or refused with a reason, and answered once.
 
-use relevo_types::{BlockRange, NodeId};
+use relevo_types::NodeId;
 
-use crate::{io::Effect, machine::Machine, ops::Cx};
+use crate::{attach::whole, io::Effect, machine::Machine, ops::Cx};
 
 /// An order under way.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -120,7 +120,7 @@ impl Machine {
         if source.is_none() {
             return Err("no other node is primary that it could be copied from".to_owned());
         }
-        let all = BlockRange::new(0, self.meta.layout().data_blocks());
+        let all = whole(self.meta.layout());
         let own = self.meta.own_slot();
         self.meta.bitmaps.set(own, all);
         self.meta.want_bitmaps();

@@ -9,14 +9,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use relevo_types::{BlockRange, Epoch, NodeId, Time};
-use relevo_wire::{Body, Message};
+use relevo_wire::Message;
 
 use crate::{
     bitmap::Blocks,
     io::{Effect, VolumeEvent},
     jobs::Owner,
     lab::PlantedBug,
-    machine::{Machine, Role, is_zero, mask, slots_of},
+    machine::{Machine, Role, body_of, mask, slots_of},
     metadata::Ticket,
     ops::Cx,
     primary::Primary,
@@ -311,11 +311,7 @@ impl Machine {
             .collect();
         pushing.sent.extend(sends.iter().copied());
         self.last_id += sends.len() as u64;
-        let body = if is_zero(&data) {
-            Body::Zeroes
-        } else {
-            Body::Data(data)
-        };
+        let body = body_of(data);
         for (id, peer) in sends {
             let message = Message::SyncWrite {
                 epoch,

@@ -65,28 +65,25 @@ impl Machine {
                 self.enter_epoch(reply.peer, in_sync);
                 self.unblock(cx, reply.peer);
             }
-            After::Barrier(Reply { peer, epoch, .. }, id) if self.is_same_link(&after) => {
+            After::Barrier(reply, id) if self.is_link_of(reply) => {
+                let Reply { peer, epoch, .. } = reply;
                 self.send(cx, peer, Message::BarrierAck { epoch, id });
             }
             After::StartSync(reply) | After::Reconcile(reply) => {
                 // Overtaken by a higher epoch, perhaps one of the same primary, which would wait for
                 // the answer for ever: on a new link it asks again.
-                if self.link_number(reply.peer) == Some(reply.link) {
+                if self.is_link_of(reply) {
                     self.stale(cx, reply.peer, reply.epoch);
                 }
             }
             After::EpochUpdate(reply, _) => {
                 // Overtaken too, but nobody waits for an answer.
-                if self.link_number(reply.peer) == Some(reply.link) {
+                if self.is_link_of(reply) {
                     self.unblock(cx, reply.peer);
                 }
             }
             After::Barrier(..) => {}
         }
-    }
-
-    fn is_same_link(&self, after: &After) -> bool {
-        matches!(after, After::Barrier(reply, _) if self.link_number(reply.peer) == Some(reply.link))
     }
 
     /// Whether the link of a reply is still there.
@@ -286,7 +283,7 @@ impl Machine {
     }
 
     pub(crate) fn peer_write_done(&mut self, cx: &mut Cx<'_>, reply: Reply, seq: Seq) {
-        if self.link_number(reply.peer) == Some(reply.link) {
+        if self.is_link_of(reply) {
             let epoch = reply.epoch;
             self.send(cx, reply.peer, Message::WriteAck { epoch, seq });
         }
@@ -317,7 +314,7 @@ impl Machine {
     }
 
     pub(crate) fn peer_sync_done(&mut self, cx: &mut Cx<'_>, reply: Reply, id: u64) {
-        if self.link_number(reply.peer) == Some(reply.link) {
+        if self.is_link_of(reply) {
             let epoch = reply.epoch;
             self.send(cx, reply.peer, Message::SyncAck { epoch, id });
         }
@@ -331,7 +328,7 @@ impl Machine {
     }
 
     pub(crate) fn peer_flush_done(&mut self, cx: &mut Cx<'_>, reply: Reply, id: u64) {
-        if self.link_number(reply.peer) == Some(reply.link) {
+        if self.is_link_of(reply) {
             let epoch = reply.epoch;
             self.send(cx, reply.peer, Message::FlushAck { epoch, id });
         }

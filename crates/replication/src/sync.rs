@@ -4,14 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use relevo_types::{BlockRange, Epoch, NodeId, Seq, Time};
-use relevo_wire::{Body, Message};
+use relevo_types::{BlockRange, Epoch, NodeId, ReplicaSlot, Seq, Time};
+use relevo_wire::Message;
 
 use crate::{
     bitmap::Blocks,
     jobs::Owner,
     lab::PlantedBug,
-    machine::{Machine, is_zero, mask, slots_of},
+    machine::{Machine, body_of, mask, slots_of},
     meter::Meter,
     ops::Cx,
     secondary::RUNS_PER_MESSAGE,
@@ -170,8 +170,8 @@ impl Machine {
 
     /// Begins sessions, copies, ends resyncs.
     pub(crate) fn settle_sync(&mut self, cx: &mut Cx<'_>) {
-        self.settle_lineages(cx);
         for peer in self.links.keys().copied().collect::<Vec<_>>() {
+            self.settle_lineage(cx, peer);
             if self.may_start_sync(peer) {
                 self.begin_session(cx, peer);
             }
@@ -296,11 +296,7 @@ impl Machine {
             self.meta.bitmaps.clear(slot, blocks);
         }
         self.tell_in_doubt(cx, peer, blocks);
-        let body = if is_zero(&data) {
-            Body::Zeroes
-        } else {
-            Body::Data(data)
-        };
+        let body = body_of(data);
         let range = blocks.bytes();
         self.send(
             cx,
@@ -377,7 +373,7 @@ impl Machine {
         };
         let epoch = primary.epoch;
         let others = self.other_slots() & !self.slot(peer).map_or(0, mask);
-        let mut maps = Vec::new();
+        let mut maps: Vec<(ReplicaSlot, Vec<BlockRange>)> = Vec::new();
         for slot in slots_of(others) {
             let mut lacking = self.meta.bitmaps.of(slot).clone();
             for write in primary.writes.values() {
@@ -385,17 +381,28 @@ impl Machine {
                     lacking.set(write.blocks, |_| {});
                 }
             }
-            let runs: Vec<BlockRange> = lacking.runs(u64::MAX).collect();
-            maps.extend(
-                runs.chunks(RUNS_PER_MESSAGE)
-                    .map(|part| (slot, part.to_vec())),
-            );
+            maps.push((slot, lacking.runs(u64::MAX).collect()));
         }
-        for (slot, blocks) in maps {
+        for (slot, runs) in maps {
+            self.send_dirty_map(cx, peer, epoch, slot, &runs);
+        }
+    }
+
+    /// Tells a peer, in as many messages as it takes, what the replica of a slot may lack. Nothing where
+    /// that is nothing.
+    pub(crate) fn send_dirty_map(
+        &mut self,
+        cx: &mut Cx<'_>,
+        peer: NodeId,
+        epoch: Epoch,
+        slot: ReplicaSlot,
+        runs: &[BlockRange],
+    ) {
+        for part in runs.chunks(RUNS_PER_MESSAGE) {
             let map = Message::DirtyMap {
                 epoch,
                 slot,
-                blocks,
+                blocks: part.to_vec(),
             };
             self.send(cx, peer, map);
         }

@@ -21,7 +21,6 @@ use crate::{
     link::Part,
     machine::{Machine, mask},
     ops::Cx,
-    secondary::RUNS_PER_MESSAGE,
     sync::Stage,
 };
 
@@ -361,18 +360,7 @@ impl Machine {
                 if other == mask(slot) || self.verifiable(peer).is_none() {
                     continue;
                 }
-                for part in runs.chunks(RUNS_PER_MESSAGE) {
-                    let blocks = part.to_vec();
-                    self.send(
-                        cx,
-                        peer,
-                        Message::DirtyMap {
-                            epoch,
-                            slot,
-                            blocks,
-                        },
-                    );
-                }
+                self.send_dirty_map(cx, peer, epoch, slot, &runs);
             }
         }
     }
