@@ -214,18 +214,6 @@ impl Cluster {
         }
     }
 
-    fn mend_network(&mut self) {
-        let nodes = self.scenario.nodes();
-        for from in 0..nodes {
-            for to in 0..nodes {
-                for plane in Plane::ALL {
-                    self.net.set_open(plane, from, to, true);
-                }
-            }
-        }
-        self.look_at_all_queues();
-    }
-
     fn force(&mut self, node: Index, others_give_way: bool) -> Verdict {
         let change = VolumeChange::Force {
             node: node_id(node),

@@ -34,17 +34,9 @@ impl Cluster {
         self.phase = Phase::Healing;
         self.quiet = false;
         self.end_waits();
-        let nodes = self.scenario.nodes();
-        for from in 0..nodes {
-            for to in 0..nodes {
-                for plane in Plane::ALL {
-                    self.net.set_open(plane, from, to, true);
-                }
-            }
-        }
-        self.look_at_all_queues();
+        self.mend_network();
         self.end_orders();
-        for node in 0..nodes {
+        for node in 0..self.scenario.nodes() {
             if self.machines[node].paused_until.is_some() {
                 self.machines[node].paused_until = Some(now);
                 self.queue.after(Duration::ZERO, Event::Resume(node));
@@ -60,6 +52,19 @@ impl Cluster {
             self.become_whole()?;
         }
         Ok(())
+    }
+
+    /// Opens every direction of the network.
+    pub(super) fn mend_network(&mut self) {
+        let nodes = self.scenario.nodes();
+        for from in 0..nodes {
+            for to in 0..nodes {
+                for plane in Plane::ALL {
+                    self.net.set_open(plane, from, to, true);
+                }
+            }
+        }
+        self.look_at_all_queues();
     }
 
     fn become_whole(&mut self) -> Verdict {
