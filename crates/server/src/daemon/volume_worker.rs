@@ -563,9 +563,7 @@ impl Worker {
     }
 
     fn name(&self) -> String {
-        self.shared
-            .replica(self.volume)
-            .map_or_else(|| self.volume.to_string(), |replica| replica.name)
+        self.shared.name_of(self.volume)
     }
 
     fn event(&self, level: EventLevel, name: &str, text: &str) {
@@ -627,10 +625,7 @@ impl DataEvents {
                 });
             }
             DatapathEvent::Saved { path } => {
-                let name = self
-                    .shared
-                    .replica(self.volume)
-                    .map_or_else(|| self.volume.to_string(), |replica| replica.name);
+                let name = self.shared.name_of(self.volume);
                 let text = format!(
                     "what only this replica had is kept in {}; `relevo volume saved` reads it",
                     path.display()

@@ -548,6 +548,12 @@ impl Shared {
         lock(&self.replicas).get(&volume).cloned()
     }
 
+    /// The name of a volume with a replica here, for messages; its id when there is none.
+    pub(crate) fn name_of(&self, volume: VolumeId) -> String {
+        self.replica(volume)
+            .map_or_else(|| volume.to_string(), |replica| replica.name)
+    }
+
     /// Remembers a replica durably, or forgets it.
     pub(crate) fn remember(
         &self,

@@ -12,8 +12,9 @@ mod wait_sync;
 
 use std::time::Duration;
 
+use relevo_transport::random;
 use relevo_types::{
-    NodeId,
+    LineageId, NodeId,
     cluster::{ClusterState, Command, Outcome, Rejection, Service, Volume},
 };
 
@@ -33,6 +34,13 @@ enum Found<T> {
     Failed(ApiError),
     /// Not yet.
     NotYet,
+}
+
+/// An identity for a volume's next history.
+fn new_lineage(what: &str) -> Result<LineageId, ApiError> {
+    let lineage = random::nonzero_u64()
+        .map_err(|e| ApiError::new(ErrorKind::Internal, what, e.to_string(), ""))?;
+    Ok(LineageId(lineage))
 }
 
 impl Cluster {

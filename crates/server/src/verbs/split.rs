@@ -1,12 +1,11 @@
 //! Forced promotion, and what a person decides when two histories met (DESIGN, rule 9).
 
-use relevo_transport::random;
 use relevo_types::{
-    LineageId, NodeId,
+    NodeId,
     cluster::{ClusterState, Command, Volume, VolumeChange},
 };
 
-use super::{Found, WAIT, find_node, find_volume};
+use super::{Found, WAIT, find_node, find_volume, new_lineage};
 use crate::{
     api::{
         ApiError, ClusterStatus, ConfirmRequest, Done, ErrorKind, LossStatus, ReplicaStatus,
@@ -27,12 +26,7 @@ impl Cluster {
         let here = state.node_name(self.me());
         let replica = replica_of(&status, name, &here, &what)?;
         check_disk(replica, name, &what)?;
-        let mut loss = LossStatus {
-            volume: name.to_owned(),
-            node: here.clone(),
-            known: Vec::new(),
-            warnings: Vec::new(),
-        };
+        let mut loss = LossStatus::new(name, &here);
         for member in &volume.in_sync {
             let member = state.node_name(*member);
             let node = status.nodes.iter().find(|node| node.name == member);
@@ -99,12 +93,7 @@ impl Cluster {
         check_resolve(&state, volume, kept, &what)?;
         let status = self.status().await;
         let replica = replica_of(&status, name, keep, &what)?;
-        let mut loss = LossStatus {
-            volume: name.to_owned(),
-            node: keep.to_owned(),
-            known: Vec::new(),
-            warnings: Vec::new(),
-        };
+        let mut loss = LossStatus::new(name, keep);
         if !volume.in_sync.contains(&kept) {
             check_disk(replica, name, &what)?;
             loss.add_disk(replica);
@@ -180,14 +169,13 @@ impl Cluster {
         others_give_way: bool,
         what: &str,
     ) -> Result<(), ApiError> {
-        let lineage = random::nonzero_u64()
-            .map_err(|e| ApiError::new(ErrorKind::Internal, what, e.to_string(), ""))?;
+        let lineage = new_lineage(what)?;
         let command = Command::Volume {
             volume: volume.id,
             expect: volume.epoch,
             change: VolumeChange::Force {
                 node,
-                lineage: LineageId(lineage),
+                lineage,
                 others_give_way,
             },
         };
@@ -205,7 +193,7 @@ impl Cluster {
             )
         };
         self.await_state(WAIT, late, |state| match state.volumes.get(&volume.id) {
-            Some(volume) if volume.lineages.contains(&LineageId(lineage)) => Found::Yes(()),
+            Some(volume) if volume.lineages.contains(&lineage) => Found::Yes(()),
             _ => Found::NotYet,
         })
         .await
@@ -213,6 +201,16 @@ impl Cluster {
 }
 
 impl LossStatus {
+    /// Nothing is known yet of what is lost when the replica of a node is kept.
+    fn new(volume: &str, node: &str) -> Self {
+        Self {
+            volume: volume.to_owned(),
+            node: node.to_owned(),
+            known: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+
     fn add_disk(&mut self, replica: &ReplicaStatus) {
         let disk = replica.disk.as_deref().unwrap_or("unknown");
         let node = &replica.node;
@@ -463,12 +461,7 @@ mod tests {
                 "{disk:?}"
             );
         }
-        let mut loss = LossStatus {
-            volume: "mail".to_owned(),
-            node: "beta".to_owned(),
-            known: Vec::new(),
-            warnings: Vec::new(),
-        };
+        let mut loss = LossStatus::new("mail", "beta");
         check_disk(&replica(Some("Outdated")), "mail", "no").unwrap();
         loss.add_disk(&replica(Some("Outdated")));
         assert!(loss.warnings.is_empty());

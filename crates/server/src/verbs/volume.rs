@@ -1,8 +1,7 @@
 //! Volumes: create, remove, primary and secondary by hand.
 
-use relevo_transport::random;
 use relevo_types::{
-    BLOCK_SIZE, LineageId, VolumeId,
+    BLOCK_SIZE, VolumeId,
     cluster::{
         ClusterState, Command, NodeKind, Outcome, Protocol, Rejection, ReplicaSpec,
         ReplicaStanding, Volume, VolumeChange,
@@ -10,7 +9,7 @@ use relevo_types::{
     size::format_size,
 };
 
-use super::{Found, ProposeFailure, WAIT, find_node, find_volume};
+use super::{Found, ProposeFailure, WAIT, find_node, find_volume, new_lineage};
 use crate::{
     api::{ApiError, CreateVolumeRequest, Done, ErrorKind},
     cluster::Cluster,
@@ -26,12 +25,11 @@ impl Cluster {
         let what = format!("volume `{}` was not created", request.name);
         check_size(request.size, &what)?;
         let replicas = replica_specs(&self.state(), &request, &what)?;
-        let lineage = random::nonzero_u64()
-            .map_err(|e| ApiError::new(ErrorKind::Internal, what.clone(), e.to_string(), ""))?;
+        let lineage = new_lineage(&what)?;
         let command = Command::CreateVolume {
             name: request.name.clone(),
             size: request.size,
-            lineage: LineageId(lineage),
+            lineage,
             replicas,
         };
         let Outcome::Volume(id) = self.change(&what, command).await? else {
