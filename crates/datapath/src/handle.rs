@@ -141,6 +141,14 @@ pub struct VolumeStatus {
     pub alive: bool,
 }
 
+/// Wakes the thread that waits for this counter (`eventfd`).
+pub(crate) fn ring(wake: &OwnedFd) {
+    // Fails only when the counter is full, and then the thread is woken anyway.
+    match rustix::io::write(wake, &1u64.to_ne_bytes()) {
+        Ok(_) | Err(_) => {}
+    }
+}
+
 /// Commands a volume's thread. Clones command the same one; it ends with [`Self::stop`], or when the
 /// last handle is dropped.
 #[derive(Clone)]
@@ -316,10 +324,7 @@ impl VolumeHandle {
     }
 
     fn wake(&self) {
-        // Fails only when the counter is full, and then the thread is woken anyway.
-        match rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes()) {
-            Ok(_) | Err(_) => {}
-        }
+        ring(&self.shared.wake);
     }
 
     #[cfg(test)]

@@ -25,6 +25,8 @@ use relevo_format::saved::{Header, Writer};
 use relevo_replication::{EngineConfig, SaveId, SavePart};
 use relevo_types::{BLOCK_SIZE, LineageId, NodeId};
 
+use crate::handle::ring;
+
 /// Names of complete files end so.
 const ENDING: &str = ".saved";
 
@@ -135,13 +137,6 @@ impl Saver {
         // Both ends are here.
         drop(self.to_me.send(Answer { id, result }));
         ring(&self.wake);
-    }
-}
-
-fn ring(wake: &OwnedFd) {
-    // Fails only when the counter is full, and then the thread is woken anyway.
-    match rustix::io::write(wake, &1u64.to_ne_bytes()) {
-        Ok(_) | Err(_) => {}
     }
 }
 
