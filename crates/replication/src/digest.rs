@@ -1,9 +1,9 @@
 //! Digests of blocks: what verification and a resync of doubtful blocks compare instead of data.
 //!
-//! SHA-256 cut to 128 bits. A collision hides a difference, for good when a resync trusts it, so the
-//! digest must hold against content that someone chose (a guest's files), which rules out checksums
-//! and hashes without collision resistance; 128 bits leave a chance of one in 2^64 over all blocks that
-//! an attacker can make. `ring` is the hash that the TLS links use already, with the processor's SHA
+//! The whole SHA-256. A collision hides a difference, for good when a resync trusts it, so the
+//! digest must hold against content that someone chose (a guest's files), which rules out checksums,
+//! hashes without collision resistance, and a digest that was cut: of 128 bits a collision can be made
+//! with 2^64 hashes, which is within reach. `ring` is the hash that the TLS links use already, with the processor's SHA
 //! instructions where there are any; it does no I/O, so a sans-IO crate may use it.
 
 use relevo_types::{BLOCK_SIZE, BlockRange};
@@ -17,16 +17,19 @@ pub(crate) fn digests(data: &[u8]) -> Vec<BlockDigest> {
 }
 
 fn digest_of(block: &[u8]) -> BlockDigest {
-    let whole = digest(&SHA256, block);
-    let mut half = [0; 16];
-    half.copy_from_slice(&whole.as_ref()[..16]);
-    BlockDigest(half)
+    let mut bytes = [0; BlockDigest::BYTES];
+    bytes.copy_from_slice(digest(&SHA256, block).as_ref());
+    BlockDigest(bytes)
 }
 
-/// The blocks from `first` on whose digests differ, as runs in order.
+/// The blocks from `first` on whose digests differ, as runs in order. A block that only one side has a
+/// digest of differs: nobody compared it.
 pub(crate) fn differing(first: u64, a: &[BlockDigest], b: &[BlockDigest]) -> Vec<BlockRange> {
     let mut runs: Vec<BlockRange> = Vec::new();
-    for (block, _) in (first..).zip(a.iter().zip(b)).filter(|(_, (a, b))| a != b) {
+    for (block, at) in (first..).zip(0..a.len().max(b.len())) {
+        if a.get(at) == b.get(at) {
+            continue;
+        }
         match runs.last_mut() {
             Some(run) if run.end() == block => run.count += 1,
             _ => runs.push(BlockRange::new(block, 1)),
@@ -51,16 +54,27 @@ mod tests {
         assert_eq!(differing(10, &digests(&a), &digests(&a)), []);
     }
 
+    #[test]
+    fn a_block_without_a_digest_differs() {
+        let a = digests(&[1; 5 * 4096]);
+        for (ours, theirs) in [(&a[..], &a[..3]), (&a[..3], &a[..])] {
+            assert_eq!(differing(10, ours, theirs), [BlockRange::new(13, 2)]);
+        }
+        assert_eq!(differing(10, &a, &[]), [BlockRange::new(10, 5)]);
+        assert_eq!(differing(10, &[], &[]), []);
+    }
+
     /// The digest is part of the protocol.
     #[test]
-    fn a_digest_is_the_first_half_of_sha_256() {
+    fn a_digest_is_sha_256() {
         let zeroes = digests(&[0; 4096]);
         assert_eq!(zeroes.len(), 1);
         assert_eq!(
             zeroes[0].0,
             [
                 0xad, 0x7f, 0xac, 0xb2, 0x58, 0x6f, 0xc6, 0xe9, 0x66, 0xc0, 0x04, 0xd7, 0xd1, 0xd1,
-                0x6b, 0x02
+                0x6b, 0x02, 0x4f, 0x58, 0x05, 0xff, 0x7c, 0xb4, 0x7c, 0x7a, 0x85, 0xda, 0xbd, 0x8b,
+                0x48, 0x89, 0x2c, 0xa7
             ]
         );
     }

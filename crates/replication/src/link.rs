@@ -271,7 +271,7 @@ impl Machine {
             Message::Content {
                 id, range, body, ..
             } => self.content_arrived(cx, peer, id, range, &body),
-            Message::Differ { id, blocks, .. } => self.verify_answered(peer, id, &blocks),
+            Message::Differ { id, blocks, .. } => self.verify_answered(cx, peer, id, &blocks),
             Message::Verifying { epoch, active } => self.peer_verifies(peer, epoch, active),
             Message::PauseSync { paused } => self.peer_pauses(peer, paused),
             Message::Changes { blocks, consistent } => {

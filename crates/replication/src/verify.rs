@@ -225,15 +225,26 @@ impl Machine {
     }
 
     /// What of a comparison differs at the peer.
-    pub(crate) fn verify_answered(&mut self, peer: NodeId, id: u64, blocks: &[BlockRange]) {
+    pub(crate) fn verify_answered(
+        &mut self,
+        cx: &mut Cx<'_>,
+        peer: NodeId,
+        id: u64,
+        blocks: &[BlockRange],
+    ) {
         let Some(verify) = self.verification.running.get_mut(&peer) else {
             return;
         };
         let Some((asked, look, _)) = verify.asked.remove(&id) else {
             return;
         };
-        let inside = |run: &&BlockRange| run.first >= asked.first && run.end() <= asked.end();
-        for run in blocks.iter().filter(inside) {
+        let inside = |run: &BlockRange| run.first >= asked.first && run.end() <= asked.end();
+        if !blocks.iter().all(inside) {
+            // Whoever answers something else than it was asked says nothing of what it was asked.
+            self.protocol_error(cx, peer, "an answer about blocks that were not compared");
+            return;
+        }
+        for run in blocks {
             match look {
                 Look::First => verify.again.push_back(*run),
                 Look::Second => verify.differs.set(*run, |_| {}),

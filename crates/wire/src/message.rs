@@ -257,9 +257,14 @@ pub struct PeerInfo {
     pub epoch: Epoch,
 }
 
-/// The first 128 bits of the SHA-256 of a block of 4 KiB.
+/// The SHA-256 of a block of 4 KiB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct BlockDigest(pub [u8; 16]);
+pub struct BlockDigest(pub [u8; BlockDigest::BYTES]);
+
+impl BlockDigest {
+    /// Its length.
+    pub const BYTES: usize = 32;
+}
 
 /// What a write writes.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -113,7 +113,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
             epoch,
             id,
             first: random.next() % 1030,
-            digests: vec![relevo_wire::BlockDigest([7; 16]); random.below(70)],
+            digests: vec![relevo_wire::BlockDigest([7; 32]); random.below(70)],
         },
         21 => Message::Differ {
             epoch,

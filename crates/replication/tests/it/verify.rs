@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use relevo_replication::{Order, PeerState, VolumeEvent};
+use relevo_replication::{Input, Order, PeerState, VolumeEvent};
 use relevo_types::{BlockRange, NodeId, cluster::Command};
+use relevo_wire::Message;
 
 use crate::world::{A, B, BLOCK, C, V, World};
 
@@ -201,6 +202,38 @@ fn it_is_stopped_by_order_and_by_a_lost_link() {
         )
         .unwrap_err();
     assert!(error.contains("primary"), "{error}");
+}
+
+/// A part of an answer that is not about what was asked must not be dropped: the rest would look as if it
+/// had been compared.
+#[test]
+fn an_answer_about_other_blocks_ends_the_link_and_counts_for_nothing() {
+    let mut world = used(2);
+    rot(&mut world, B, 5);
+    verify(&mut world, false);
+    while !world.nodes[&A].ops.is_empty() {
+        world.finish_op(A, 0);
+    }
+    while !matches!(world.head(A, B), Some(Message::Digests { .. })) {
+        world.deliver(A, B);
+    }
+    let Some(Message::Digests {
+        epoch,
+        id,
+        first,
+        digests,
+        ..
+    }) = world.head(A, B).cloned()
+    else {
+        panic!("no digests");
+    };
+    let blocks = vec![BlockRange::new(first, digests.len() as u64 + 1)];
+    let message = Message::Differ { epoch, id, blocks };
+    world.input(A, Input::Message { peer: B, message });
+    assert!(!world.up.contains(&(A, B)));
+    let all = verified(&world, B);
+    assert_eq!(all.len(), 1);
+    assert!(all[0].1.is_some(), "{all:?}");
 }
 
 #[test]

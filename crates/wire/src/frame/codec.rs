@@ -3,7 +3,7 @@
 use bytes::{BufMut as _, Bytes, BytesMut};
 use relevo_types::{BlockRange, ByteRange, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Seq};
 
-use super::{FrameError, MAX_BLOCK_RUNS, MAX_DATA_BYTES};
+use super::{FrameError, MAX_BLOCK_RUNS, MAX_DATA_BYTES, MAX_DIGESTS};
 use crate::{BlockDigest, Body, Message, PeerInfo, Refusal};
 
 /// Message types on the wire. Numbers are never reused.
@@ -253,12 +253,11 @@ fn put_blocks(out: &mut BytesMut, blocks: &[BlockRange]) -> Result<(), FrameErro
 }
 
 fn put_digests(out: &mut BytesMut, digests: &[BlockDigest]) -> Result<(), FrameError> {
-    // As long as a run of blocks, so the same bound.
-    if digests.len() > MAX_BLOCK_RUNS {
+    if digests.len() > MAX_DIGESTS {
         return Err(FrameError::TooLong {
             part: "fields",
-            len: digests.len() * 16,
-            max: MAX_BLOCK_RUNS * 16,
+            len: digests.len() * BlockDigest::BYTES,
+            max: MAX_DIGESTS * BlockDigest::BYTES,
         });
     }
     for digest in digests {
@@ -545,7 +544,7 @@ impl Fields<'_> {
 
     /// All that is left, as digests.
     fn digests(&mut self) -> Result<Vec<BlockDigest>, FrameError> {
-        let (digests, rest) = self.rest.as_chunks::<16>();
+        let (digests, rest) = self.rest.as_chunks::<{ BlockDigest::BYTES }>();
         if !rest.is_empty() {
             return Err(self.malformed("a digest is cut short"));
         }

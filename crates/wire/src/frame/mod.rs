@@ -48,6 +48,9 @@ pub const MAX_DATA_BYTES: usize = 4 << 20;
 /// The most runs of blocks in one frame: what fits in 1 MiB. Engines send longer lists in parts.
 pub const MAX_BLOCK_RUNS: usize = 65_536;
 
+/// Most digests of blocks in one message: as many as the fields have room for.
+pub const MAX_DIGESTS: usize = MAX_BLOCK_RUNS * 16 / crate::BlockDigest::BYTES;
+
 /// The most bytes of fields in one frame: the longest list of runs and the few fields beside it.
 pub const MAX_FIELD_BYTES: usize = MAX_BLOCK_RUNS * 16 + 64;
 

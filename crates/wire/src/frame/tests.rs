@@ -93,21 +93,34 @@ fn a_caller_mistake_is_an_error() {
         certain: true,
     };
     assert!(matches!(encode(&many), Err(FrameError::TooLong { .. })));
+    let many = digests(MAX_DIGESTS + 1);
+    assert!(matches!(encode(&many), Err(FrameError::TooLong { .. })));
+}
+
+fn digests(count: usize) -> Message {
+    Message::Digests {
+        epoch: Epoch(1),
+        id: 1,
+        first: 0,
+        digests: vec![BlockDigest([9; BlockDigest::BYTES]); count],
+    }
 }
 
 #[test]
 fn the_longest_frame_passes() {
     let blocks = vec![BlockRange::new(9, 1); MAX_BLOCK_RUNS];
-    let message = Message::Uncertain {
+    let runs = Message::Uncertain {
         epoch: Epoch(1),
         blocks,
         last: true,
     };
-    let mut decoder = Decoder::new();
-    assert_eq!(
-        decoder.take(&mut &bytes_of(&message)[..]),
-        Ok(Some(message))
-    );
+    for message in [runs, digests(MAX_DIGESTS)] {
+        let mut decoder = Decoder::new();
+        assert_eq!(
+            decoder.take(&mut &bytes_of(&message)[..]),
+            Ok(Some(message))
+        );
+    }
 }
 
 #[test]
@@ -291,7 +304,7 @@ fn message() -> impl Strategy<Value = Message> {
         (
             pair(),
             any::<u64>(),
-            prop::collection::vec(any::<[u8; 16]>(), 0..9)
+            prop::collection::vec(any::<[u8; BlockDigest::BYTES]>(), 0..9)
         )
             .prop_map(|((epoch, id), first, digests)| Message::Digests {
                 epoch: Epoch(epoch),

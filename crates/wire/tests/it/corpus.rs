@@ -124,7 +124,7 @@ pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
             id,
             first: random.tricky(),
             digests: (0..random.below(40))
-                .map(|_| relevo_wire::BlockDigest([random.byte(); 16]))
+                .map(|_| relevo_wire::BlockDigest([random.byte(); 32]))
                 .collect(),
         },
         19 => Message::Differ {

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 use relevo_types::{BlockRange, ByteRange};
 use relevo_wire::{
     Body, Decoder, FrameError, LinkHello, Message, Refusal, encode,
-    frame::{HEADER_BYTES, MAX_BLOCK_RUNS, MAX_DATA_BYTES, MAX_FIELD_BYTES, is_known},
+    frame::{HEADER_BYTES, MAX_BLOCK_RUNS, MAX_DATA_BYTES, MAX_DIGESTS, MAX_FIELD_BYTES, is_known},
 };
 use said::fuzz::Random;
 
@@ -497,10 +497,8 @@ fn greeting_header_and_bounds() {
         ("header", HEADER_BYTES),
         ("fields at most", MAX_FIELD_BYTES),
         ("data at most", MAX_DATA_BYTES),
-        (
-            "runs of blocks, or digests, in a frame at most",
-            MAX_BLOCK_RUNS,
-        ),
+        ("runs of blocks in a frame at most", MAX_BLOCK_RUNS),
+        ("digests in a frame at most", MAX_DIGESTS),
     ] {
         let line = format!("| {what} | {bound} |\n");
         assert!(
