@@ -7,7 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use relevo_format::{Region, activity::REGIONS_MAX};
+use relevo_format::{Layout, Region, activity::REGIONS_MAX};
+use relevo_types::BlockRange;
 
 use crate::jobs::JobId;
 
@@ -30,7 +31,7 @@ pub(crate) struct Activity {
     hot: BTreeMap<Region, Hot>,
     /// In the transaction that is being written.
     warming: BTreeSet<Region>,
-    waiting: VecDeque<(JobId, Vec<Region>)>,
+    waiting: VecDeque<(JobId, BlockRange)>,
     /// Number of the last transaction that was planned.
     number: u64,
     uses: u64,
@@ -79,21 +80,22 @@ impl Activity {
         self.limit.0
     }
 
-    /// Pins the regions if all are hot; else the job waits, and [`Activity::warmed`] names it.
-    pub(crate) fn pin_or_wait(&mut self, job: JobId, regions: Vec<Region>) -> bool {
-        if self.pin(&regions) {
+    /// Pins the regions of a job's blocks if all are hot; else the job waits, and [`Activity::warmed`]
+    /// names it.
+    pub(crate) fn pin_or_wait(&mut self, job: JobId, blocks: BlockRange) -> bool {
+        if self.pin(blocks) {
             return true;
         }
-        self.waiting.push_back((job, regions));
+        self.waiting.push_back((job, blocks));
         false
     }
 
-    fn pin(&mut self, regions: &[Region]) -> bool {
-        let all = regions.iter().all(|region| self.hot.contains_key(region));
+    fn pin(&mut self, blocks: BlockRange) -> bool {
+        let all = Layout::regions(blocks).all(|region| self.hot.contains_key(&region));
         if all {
             self.uses += 1;
-            for region in regions {
-                if let Some(hot) = self.hot.get_mut(region) {
+            for region in Layout::regions(blocks) {
+                if let Some(hot) = self.hot.get_mut(&region) {
                     self.pinned += usize::from(hot.pins == 0);
                     hot.pins += 1;
                     hot.used = self.uses;
@@ -103,9 +105,9 @@ impl Activity {
         all
     }
 
-    /// Ends one pin of each region.
-    pub(crate) fn unpin(&mut self, regions: impl Iterator<Item = Region>) {
-        for region in regions {
+    /// Ends one pin of each region of these blocks.
+    pub(crate) fn unpin(&mut self, blocks: BlockRange) {
+        for region in Layout::regions(blocks) {
             if let Some(hot) = self.hot.get_mut(&region) {
                 debug_assert!(hot.pins > 0, "{region:?} is unpinned once too often");
                 self.pinned -= usize::from(hot.pins == 1);
@@ -139,6 +141,7 @@ impl Activity {
         let Some((_, needs)) = self.waiting.front() else {
             return Vec::new();
         };
+        let needs: BTreeSet<Region> = Layout::regions(*needs).collect();
         let cold = needs
             .iter()
             .filter(|region| !self.hot.contains_key(region))
@@ -165,7 +168,7 @@ impl Activity {
     /// transaction is being written.
     pub(crate) fn plan(&mut self, keep: &BTreeSet<Region>) -> Option<Plan> {
         debug_assert!(self.warming.is_empty(), "one transaction at a time");
-        let first_needs = self.waiting.front()?.1.clone();
+        let first_needs: BTreeSet<Region> = Layout::regions(self.waiting.front()?.1).collect();
         let mut droppable: Vec<(u64, Region)> = self
             .hot
             .iter()
@@ -177,10 +180,8 @@ impl Activity {
         droppable.sort_unstable();
         let mut droppable = droppable.into_iter().map(|(_, region)| region);
         let mut drops = false;
-        for (_, regions) in &self.waiting {
-            let cold: BTreeSet<Region> = regions
-                .iter()
-                .copied()
+        for (_, blocks) in &self.waiting {
+            let cold: BTreeSet<Region> = Layout::regions(*blocks)
                 .filter(|region| !self.hot.contains_key(region) && !self.warming.contains(region))
                 .collect();
             let total = self.hot.len() + self.warming.len() + cold.len();
@@ -235,11 +236,11 @@ impl Activity {
             );
         }
         let mut ready = Vec::new();
-        for (job, regions) in std::mem::take(&mut self.waiting) {
-            if self.pin(&regions) {
+        for (job, blocks) in std::mem::take(&mut self.waiting) {
+            if self.pin(blocks) {
                 ready.push(job);
             } else {
-                self.waiting.push_back((job, regions));
+                self.waiting.push_back((job, blocks));
             }
         }
         ready
@@ -256,18 +257,25 @@ mod tests {
         range.map(Region).collect()
     }
 
+    /// Blocks of so many regions.
+    fn blocks(range: std::ops::Range<u32>) -> BlockRange {
+        let region = Layout::REGION_BLOCKS;
+        let count = u64::from(range.end - range.start) * region;
+        BlockRange::new(u64::from(range.start) * region, count)
+    }
+
     #[test]
     fn waiting_jobs_share_a_transaction() {
         let mut activity = Activity::after(7);
-        assert!(!activity.pin_or_wait(JobId(1), regions(0..1)));
-        assert!(!activity.pin_or_wait(JobId(2), regions(0..2)));
+        assert!(!activity.pin_or_wait(JobId(1), blocks(0..1)));
+        assert!(!activity.pin_or_wait(JobId(2), blocks(0..2)));
         let plan = activity.plan(&BTreeSet::new()).unwrap();
         assert_eq!((plan.number, plan.drops), (8, false));
         assert_eq!(plan.regions, regions(0..2));
         // Not hot before the transaction is durable.
-        assert!(!activity.pin_or_wait(JobId(3), regions(0..1)));
+        assert!(!activity.pin_or_wait(JobId(3), blocks(0..1)));
         assert_eq!(activity.warmed(), [JobId(1), JobId(2), JobId(3)]);
-        assert!(activity.pin_or_wait(JobId(4), regions(1..2)));
+        assert!(activity.pin_or_wait(JobId(4), blocks(1..2)));
         assert_eq!(activity.plan(&BTreeSet::new()), None);
     }
 
@@ -275,12 +283,12 @@ mod tests {
     fn only_unpinned_regions_are_dropped() {
         let mut activity = Activity::default();
         let max = u32::try_from(HOT_MAX).unwrap();
-        assert!(!activity.pin_or_wait(JobId(1), regions(0..max)));
+        assert!(!activity.pin_or_wait(JobId(1), blocks(0..max)));
         activity.plan(&BTreeSet::new()).unwrap();
         activity.warmed();
-        assert!(!activity.pin_or_wait(JobId(2), vec![Region(max)]));
+        assert!(!activity.pin_or_wait(JobId(2), blocks(max..max + 1)));
         assert_eq!(activity.plan(&BTreeSet::new()), None, "all are pinned");
-        activity.unpin(regions(0..2).into_iter());
+        activity.unpin(blocks(0..2));
         let keep = BTreeSet::from([Region(0)]);
         let plan = activity.plan(&keep).unwrap();
         assert!(plan.drops);
@@ -292,11 +300,14 @@ mod tests {
     fn a_job_that_waits_for_hot_and_cold_does_not_lose_the_hot_one() {
         let mut activity = Activity::default();
         let max = u32::try_from(HOT_MAX).unwrap();
-        assert!(!activity.pin_or_wait(JobId(1), regions(0..max)));
+        assert!(!activity.pin_or_wait(JobId(1), blocks(0..max)));
         activity.plan(&BTreeSet::new()).unwrap();
         activity.warmed();
-        activity.unpin(regions(0..max).into_iter());
-        assert!(!activity.pin_or_wait(JobId(2), vec![Region(0), Region(max)]));
+        activity.unpin(blocks(0..max));
+        // The hot one that it needs is the one that was not used for longest.
+        assert!(activity.pin_or_wait(JobId(3), blocks(0..max - 1)));
+        activity.unpin(blocks(0..max - 1));
+        assert!(!activity.pin_or_wait(JobId(2), blocks(max - 1..max + 1)));
         activity.plan(&BTreeSet::new()).unwrap();
         assert_eq!(activity.warmed(), [JobId(2)]);
     }

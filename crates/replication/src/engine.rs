@@ -22,6 +22,7 @@ use crate::{
     metadata::Ticket,
     ops::{Cx, OpUse, Ops},
     proposals::{Proposals, hand_over},
+    window::Window,
 };
 
 /// Messages that arrive before the metadata is read. Peers say little before they are greeted.
@@ -306,7 +307,7 @@ impl Engine {
         if node == self.config.node {
             let own = runs(machine.meta.own_slot());
             let writes = machine.primary().map(|primary| &primary.writes);
-            let writes = writes.into_iter().flat_map(BTreeMap::values);
+            let writes = writes.into_iter().flat_map(Window::values);
             let incomplete = writes.filter(|it| !it.complete).map(|it| it.blocks);
             return own.chain(machine.tail.blocks()).chain(incomplete).collect();
         }

@@ -6,11 +6,11 @@
 //! Reads share; writes exclude. The owner decides how long it stays: an application write stays
 //! until every in-sync replica has it, so that nobody reads or copies what may yet be lost.
 
-use std::collections::BTreeMap;
+use std::mem;
 
 use relevo_types::BlockRange;
 
-use crate::jobs::JobId;
+use crate::{jobs::JobId, window::Window};
 
 /// Whether others may be on the same blocks at the same time.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,7 +32,9 @@ struct Entry {
 /// The entries, in the order of their ids, which is the order of arrival.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    entries: BTreeMap<JobId, Entry>,
+    entries: Window<JobId, Entry>,
+    /// Room for the next list of granted jobs.
+    room: Vec<JobId>,
 }
 
 impl Entry {
@@ -47,9 +49,7 @@ impl Gate {
     /// false: [`Gate::leave`] will name it later.
     pub(crate) fn enter(&mut self, job: JobId, blocks: BlockRange, access: Access) -> bool {
         debug_assert!(
-            self.entries
-                .last_key_value()
-                .is_none_or(|(last, _)| *last < job),
+            self.entries.last().is_none_or(|(last, _)| *last < job),
             "jobs enter the gate in order"
         );
         let waits_for = self
@@ -68,13 +68,14 @@ impl Gate {
         waits_for == 0
     }
 
-    /// Takes a job out, granted or waiting. Gives the jobs that may now go on, oldest first.
+    /// Takes a job out, granted or waiting. Gives the jobs that may now go on, oldest first; hand the list back
+    /// with [`Gate::reuse`].
     pub(crate) fn leave(&mut self, job: JobId) -> Vec<JobId> {
         let Some(gone) = self.entries.remove(&job) else {
             return Vec::new();
         };
-        let mut granted = Vec::new();
-        for (id, entry) in self.entries.range_mut(job..) {
+        let mut granted = mem::take(&mut self.room);
+        for (id, entry) in self.entries.after_mut(&job) {
             if entry.conflicts(gone.blocks, gone.access) {
                 entry.waits_for -= 1;
                 if entry.waits_for == 0 {
@@ -85,18 +86,23 @@ impl Gate {
         granted
     }
 
+    /// Takes back a list, for its room.
+    pub(crate) fn reuse(&mut self, mut list: Vec<JobId>) {
+        list.clear();
+        self.room = list;
+    }
+
     /// Two granted entries that exclude each other; none, if the gate works.
     pub(crate) fn broken_pair(&self) -> Option<(JobId, JobId)> {
-        let granted: Vec<_> = self
-            .entries
-            .iter()
-            .filter(|(_, entry)| entry.waits_for == 0)
-            .collect();
-        granted.iter().enumerate().find_map(|(index, (id, entry))| {
-            granted[..index]
-                .iter()
+        let granted = || {
+            let entries = self.entries.iter();
+            entries.filter(|(_, entry)| entry.waits_for == 0)
+        };
+        granted().find_map(|(id, entry)| {
+            granted()
+                .take_while(|(other, _)| *other < id)
                 .find(|(_, other)| other.conflicts(entry.blocks, entry.access))
-                .map(|(other, _)| (**other, **id))
+                .map(|(other, _)| (*other, *id))
         })
     }
 

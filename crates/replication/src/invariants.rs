@@ -113,7 +113,8 @@ impl Machine {
             if !write.complete {
                 self.sent_or_marked(write, others)?;
             }
-            if write.settled == primary.incomplete.contains(seq) || write.settled && !write.complete
+            if write.settled == primary.incomplete.contains_key(seq)
+                || write.settled && !write.complete
             {
                 return Err(format!("write {seq} is complete and incomplete"));
             }

@@ -5,10 +5,9 @@
 //! to its owner. Jobs that were not started on the disk can be cancelled; those that were run to
 //! their end and keep their place in the gate until then, even if nobody waits for them any more.
 
-use std::collections::BTreeMap;
+use std::mem;
 
 use bytes::Bytes;
-use relevo_format::{Layout, Region};
 use relevo_types::{BlockRange, Epoch, NodeId, Seq};
 use relevo_wire::Body;
 
@@ -18,6 +17,7 @@ use crate::{
     lab::PlantedBug,
     machine::Machine,
     ops::{Cx, OpUse},
+    window::Window,
 };
 
 /// A job. Grows; the order of ids is the order of arrival at the gate.
@@ -94,14 +94,10 @@ pub(crate) enum Stage {
 #[derive(Debug, Default)]
 pub(crate) struct Jobs {
     last: u64,
-    pub(crate) table: BTreeMap<JobId, Job>,
+    pub(crate) table: Window<JobId, Job>,
 }
 
 impl Job {
-    fn regions(&self) -> impl Iterator<Item = Region> + use<> {
-        Layout::regions(self.blocks)
-    }
-
     /// Whether it holds pins on its regions.
     pub(crate) fn is_pinned(&self) -> bool {
         self.write && matches!(self.stage, Stage::Disk | Stage::Flush | Stage::Held)
@@ -129,7 +125,9 @@ impl Jobs {
 
     /// Whether a peer's job older than `limit` is not done.
     pub(crate) fn has_peer_job_before(&self, limit: JobId) -> bool {
-        self.table.range(..limit).any(|(_, job)| job.is_from_peer())
+        let jobs = self.table.iter();
+        jobs.take_while(|(id, _)| **id < limit)
+            .any(|(_, job)| job.is_from_peer())
     }
 }
 
@@ -216,8 +214,8 @@ impl Machine {
             return;
         };
         job.stage = Stage::Activity;
-        let regions = job.regions().collect();
-        if self.meta.activity.pin_or_wait(id, regions) {
+        let blocks = job.blocks;
+        if self.meta.activity.pin_or_wait(id, blocks) {
             self.job_hot(cx, id);
         }
     }
@@ -321,16 +319,18 @@ impl Machine {
 
     /// Lets overlapping jobs pass; the job keeps its pins.
     pub(crate) fn open_gate(&mut self, cx: &mut Cx<'_>, id: JobId) {
-        for next in self.gate.leave(id) {
-            self.job_granted(cx, next);
+        let granted = self.gate.leave(id);
+        for next in &granted {
+            self.job_granted(cx, *next);
         }
+        self.gate.reuse(granted);
     }
 
     /// Drops a job that has left the gate, and its pins.
     pub(crate) fn forget_job(&mut self, id: JobId) {
         if let Some(job) = self.jobs.table.remove(&id) {
             if job.is_pinned() {
-                self.meta.activity.unpin(job.regions());
+                self.meta.activity.unpin(job.blocks);
             } else {
                 self.meta.activity.forget(id);
             }
@@ -382,7 +382,8 @@ pub(crate) enum FlushFor {
 /// only what was complete when it began.
 #[derive(Debug, Default)]
 pub(crate) struct Flusher {
-    under_way: Option<Vec<FlushFor>>,
+    is_under_way: bool,
+    under_way: Vec<FlushFor>,
     next: Vec<FlushFor>,
 }
 
@@ -418,21 +419,26 @@ impl Machine {
     }
 
     fn start_flush(&mut self, cx: &mut Cx<'_>) {
-        if self.flusher.under_way.is_none() && !self.flusher.next.is_empty() {
-            self.flusher.under_way = Some(std::mem::take(&mut self.flusher.next));
+        let flusher = &mut self.flusher;
+        if !flusher.is_under_way && !flusher.next.is_empty() {
+            flusher.is_under_way = true;
+            mem::swap(&mut flusher.under_way, &mut flusher.next);
             self.ops.start(cx, DiskOpKind::Flush, OpUse::Flush);
         }
     }
 
     /// The flush under way is done.
     pub(crate) fn flush_done(&mut self, cx: &mut Cx<'_>) {
-        for who in self.flusher.under_way.take().unwrap_or_default() {
+        let mut done = mem::take(&mut self.flusher.under_way);
+        for who in done.drain(..) {
             match who {
                 FlushFor::Job(id) => self.job_done(cx, id, None),
                 FlushFor::App(number) => self.local_flush_done(cx, number),
                 FlushFor::Peer(reply, id) => self.peer_flush_done(cx, reply, id),
             }
         }
+        self.flusher.under_way = done;
+        self.flusher.is_under_way = false;
         self.start_flush(cx);
     }
 }

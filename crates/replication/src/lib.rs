@@ -41,6 +41,7 @@ mod status;
 mod sync;
 mod tail;
 mod verify;
+mod window;
 
 pub use engine::Engine;
 pub use follow::ADMITTED_FOR;

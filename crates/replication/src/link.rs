@@ -1,6 +1,9 @@
 //! Links to peers: the greeting, the order of messages, signs of life.
 
-use std::collections::VecDeque;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Bound,
+};
 
 use relevo_types::{BLOCK_SIZE, ByteRange, Epoch, NodeId, Time};
 use relevo_wire::{Body, Message, PeerInfo, Refusal};
@@ -51,6 +54,22 @@ pub(crate) struct Link {
     pub(crate) incoming: Option<Incoming>,
     /// This node's reign over the peer's replica.
     pub(crate) session: Option<Session>,
+}
+
+/// Walks over the links while its caller changes them: without a list of them, since that is done for
+/// every input.
+#[derive(Debug, Default)]
+pub(crate) struct Walk {
+    at: Option<NodeId>,
+}
+
+impl Walk {
+    pub(crate) fn next(&mut self, links: &BTreeMap<NodeId, Link>) -> Option<NodeId> {
+        let after = self.at.map_or(Bound::Unbounded, Bound::Excluded);
+        let (peer, _) = links.range((after, Bound::Unbounded)).next()?;
+        self.at = Some(*peer);
+        self.at
+    }
 }
 
 /// What a primary is to this replica.
@@ -357,7 +376,8 @@ impl Machine {
     /// Pings quiet links and closes those that owe an answer for too long.
     pub(crate) fn settle_links(&mut self, cx: &mut Cx<'_>) {
         let stall_timeout = self.stall_timeout();
-        for peer in self.links.keys().copied().collect::<Vec<_>>() {
+        let mut walk = Walk::default();
+        while let Some(peer) = walk.next(&self.links) {
             let stalls = self.unanswered_since(peer);
             let Some(link) = self.links.get_mut(&peer) else {
                 continue;

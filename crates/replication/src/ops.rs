@@ -1,13 +1,12 @@
 //! Disk operations under way: their numbers, and what each is for.
 
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
 use relevo_types::Time;
 
 use crate::{
     io::{DiskOp, DiskOpKind, Effect, OpId},
     jobs::JobId,
+    window::Window,
 };
 
 /// What one call of [`crate::Engine::handle`] works with: the time and the list of effects.
@@ -40,7 +39,7 @@ pub(crate) enum OpUse {
 pub(crate) struct Ops {
     last: u64,
     /// What for, and since when; in the order in which they began.
-    uses: BTreeMap<OpId, (OpUse, Time)>,
+    uses: Window<OpId, (OpUse, Time)>,
 }
 
 impl Ops {
@@ -63,7 +62,7 @@ impl Ops {
 
     /// Since when the oldest operation is under way.
     pub(crate) fn oldest(&self) -> Option<Time> {
-        self.uses.first_key_value().map(|(_, (_, since))| *since)
+        self.uses.first().map(|(_, (_, since))| *since)
     }
 
     pub(crate) fn is_idle(&self) -> bool {

@@ -10,9 +10,11 @@ use crate::{
     io::{Effect, ReplyError, RequestId, VolumeEvent},
     jobs::{FlushFor, JobId, Owner},
     lab::PlantedBug,
+    link::Walk,
     machine::{Machine, Role, mask, slots_of},
     ops::Cx,
     sync::Stage,
+    window::Window,
 };
 
 /// When no write carries the complete position, it is sent by itself after this time.
@@ -31,8 +33,8 @@ pub(crate) struct Primary {
     /// Every write at or below it is acknowledged by all that must.
     pub(crate) complete: Seq,
     /// Writes that somebody did not acknowledge yet.
-    pub(crate) writes: BTreeMap<Seq, Write>,
-    pub(crate) incomplete: BTreeSet<Seq>,
+    pub(crate) writes: Window<Seq, Write>,
+    pub(crate) incomplete: Window<Seq, ()>,
     /// Bytes of data of `writes`.
     pub(crate) write_bytes: u64,
     pub(crate) flushes: BTreeMap<u64, PendingFlush>,
@@ -99,8 +101,8 @@ impl Primary {
             pending_joins: BTreeMap::new(),
             last_seq: Seq(0),
             complete: Seq(0),
-            writes: BTreeMap::new(),
-            incomplete: BTreeSet::new(),
+            writes: Window::default(),
+            incomplete: Window::default(),
             write_bytes: 0,
             flushes: BTreeMap::new(),
             demotion: Demotion::None,
@@ -171,25 +173,31 @@ impl Machine {
 
     /// The slots of peers with a session that have everything that they were not sent on it.
     fn past_barrier(&self) -> u8 {
-        let peers = self.links.iter().filter(|(_, link)| {
-            let stage = link.session.as_ref().map(|session| session.stage);
-            matches!(
-                stage,
-                Some(Stage::Barrier(_) | Stage::Joining | Stage::InSync)
-            )
+        self.session_slots(|stage| {
+            matches!(stage, Stage::Barrier(_) | Stage::Joining | Stage::InSync)
+        })
+    }
+
+    /// The slots of the peers with a session at such a stage.
+    fn session_slots(&self, which: impl Fn(Stage) -> bool) -> u8 {
+        let sessions = self.links.iter().filter(|(_, link)| {
+            let session = link.session.as_ref();
+            session.is_some_and(|session| which(session.stage))
         });
-        peers
+        sessions
             .filter_map(|(peer, _)| self.slot(*peer))
             .fold(0, |all, slot| all | mask(slot))
     }
 
-    /// Peers with a session, and their slots.
-    pub(crate) fn sessions(&self) -> Vec<(NodeId, u8)> {
-        self.links
-            .iter()
-            .filter(|(_, link)| link.session.is_some())
-            .filter_map(|(peer, _)| Some((*peer, mask(self.slot(*peer)?))))
-            .collect()
+    /// The next peer of a walk that has a session, and its slot.
+    pub(crate) fn next_session(&self, walk: &mut Walk) -> Option<(NodeId, u8)> {
+        loop {
+            let peer = walk.next(&self.links)?;
+            let has_session = self.links.get(&peer)?.session.is_some();
+            if let Some(slot) = self.slot(peer).filter(|_| has_session) {
+                return Some((peer, mask(slot)));
+            }
+        }
     }
 
     /// Gives a write its position and routes it: each other replica either is sent it, and its
@@ -206,13 +214,8 @@ impl Machine {
         self.leave_behind_congested(cx, body);
         // One that was left behind gets nothing. A peer that has not answered yet gets nothing: its marks are as good, and one whose disk
         // hangs would hold up the application with every new link.
-        let mut sessions = self.sessions();
-        sessions.retain(|(peer, _)| {
-            let session = self.links.get(peer).and_then(|link| link.session.as_ref());
-            session.is_some_and(|session| session.stage.takes_writes())
-        });
+        let sent = self.session_slots(Stage::takes_writes);
         let others = self.other_slots();
-        let sent = sessions.iter().fold(0, |all, (_, slot)| all | slot);
         let slot_of = |node: &NodeId| self.slot(*node).map_or(0, mask);
         let Some(primary) = self.primary() else {
             return;
@@ -236,7 +239,7 @@ impl Machine {
         let seq = primary.last_seq.next();
         let (epoch, complete) = (primary.epoch, primary.complete);
         primary.last_seq = seq;
-        primary.incomplete.insert(seq);
+        primary.incomplete.insert(seq, ());
         let data_bytes = match body {
             Body::Data(data) => data.len() as u64,
             Body::Zeroes => 0,
@@ -262,7 +265,11 @@ impl Machine {
         if let Some(job) = self.jobs.table.get_mut(&job) {
             job.owner = Owner::Write(seq);
         }
-        for (peer, slot) in sessions {
+        let mut walk = Walk::default();
+        while let Some((peer, slot)) = self.next_session(&mut walk) {
+            if sent & slot == 0 {
+                continue;
+            }
             let write = Message::Write {
                 epoch,
                 seq,
@@ -369,7 +376,7 @@ impl Machine {
             primary.complete = primary
                 .incomplete
                 .first()
-                .map_or(primary.last_seq, |first| Seq(first.0 - 1));
+                .map_or(primary.last_seq, |(first, ())| Seq(first.0 - 1));
             primary.complete_due.get_or_insert(cx.now + IDLE_COMPLETE);
         }
         if over {
@@ -406,8 +413,7 @@ impl Machine {
     pub(crate) fn start_app_flush(&mut self, cx: &mut Cx<'_>, request: Option<RequestId>) {
         let id = self.next_id();
         let required = self.required();
-        let sessions = self.sessions();
-        let sent = sessions.iter().fold(0, |all, (_, slot)| all | slot);
+        let sent = self.session_slots(|_| true);
         let Some(primary) = self.primary_mut() else {
             return;
         };
@@ -420,7 +426,8 @@ impl Machine {
         };
         primary.flushes.insert(id, flush);
         let epoch = primary.epoch;
-        for (peer, slot) in sessions {
+        let mut walk = Walk::default();
+        while let Some((peer, slot)) = self.next_session(&mut walk) {
             if slot & required != 0 {
                 self.send(cx, peer, Message::Flush { epoch, id });
             }
@@ -513,7 +520,8 @@ impl Machine {
         }
         primary.complete_due = None;
         let (epoch, seq) = (primary.epoch, primary.complete);
-        for (peer, _) in self.sessions() {
+        let mut walk = Walk::default();
+        while let Some((peer, _)) = self.next_session(&mut walk) {
             let session = self
                 .links
                 .get_mut(&peer)
@@ -553,14 +561,14 @@ impl Machine {
             for write in primary.writes.values() {
                 self.mark_dirty(write.unacked, write.blocks);
             }
-            for seq in &primary.incomplete {
+            for seq in primary.incomplete.keys() {
                 if let Some(write) = primary.writes.get(seq) {
                     self.meta.bitmaps.set(own, write.blocks);
                 }
             }
             let in_doubt: BTreeSet<RequestId> = primary
                 .incomplete
-                .iter()
+                .keys()
                 .filter_map(|seq| primary.writes.get(seq))
                 .map(|write| write.request)
                 .collect();

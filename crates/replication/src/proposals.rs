@@ -16,6 +16,7 @@ use relevo_wire::Message;
 use crate::{
     io::Effect,
     lab::PlantedBug,
+    link::Walk,
     machine::{Machine, Role, mask},
     ops::Cx,
     primary::Demotion,
@@ -224,7 +225,8 @@ impl Machine {
         primary.pending_joins.retain(|_, expect| *expect >= epoch);
         let members = volume.in_sync.iter().filter_map(|node| volume.slot(*node));
         let in_sync = members.fold(0, |all, slot| all | mask(slot));
-        for (peer, _) in self.sessions() {
+        let mut walk = Walk::default();
+        while let Some((peer, _)) = self.next_session(&mut walk) {
             let Some(session) = self
                 .links
                 .get_mut(&peer)

@@ -1,6 +1,6 @@
 //! Application requests: checked, bounded, cut into pieces, answered once.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use bytes::Bytes;
 use relevo_format::Layout;
@@ -13,6 +13,7 @@ use crate::{
     machine::Machine,
     ops::Cx,
     tail::WINDOW_MAX,
+    window::Window,
 };
 
 /// Requests taken at once. Exports have far smaller queues; beyond it requests fail.
@@ -40,7 +41,7 @@ const READ_BYTES_MAX: u64 = 64 << 20;
 /// Requests that were not answered yet.
 #[derive(Debug, Default)]
 pub(crate) struct Requests {
-    table: BTreeMap<RequestId, Request>,
+    table: Window<RequestId, Request>,
     /// Not started: wait for their turn.
     queue: VecDeque<RequestId>,
     /// Reads that wait for the lease.
@@ -76,7 +77,7 @@ impl Requests {
     pub(crate) fn drain(&mut self) -> Vec<RequestId> {
         self.queue.clear();
         self.parked.clear();
-        std::mem::take(&mut self.table).into_keys().collect()
+        self.table.take().map(|(id, _)| id).collect()
     }
 }
 

@@ -184,7 +184,7 @@ impl Machine {
         let oldest = primary
             .incomplete
             .first()
-            .and_then(|seq| primary.writes.get(seq))
+            .and_then(|(seq, ())| primary.writes.get(seq))
             .filter(|write| write.local_done);
         if let Some(write) = oldest {
             let who = self.nodes_of(required & !write.acked);

@@ -11,6 +11,7 @@ use crate::{
     bitmap::Blocks,
     jobs::Owner,
     lab::PlantedBug,
+    link::Walk,
     machine::{Machine, body_of, mask, slots_of},
     meter::Meter,
     ops::Cx,
@@ -170,7 +171,8 @@ impl Machine {
 
     /// Begins sessions, copies, ends resyncs.
     pub(crate) fn settle_sync(&mut self, cx: &mut Cx<'_>) {
-        for peer in self.links.keys().copied().collect::<Vec<_>>() {
+        let mut walk = Walk::default();
+        while let Some(peer) = walk.next(&self.links) {
             self.settle_lineage(cx, peer);
             if self.may_start_sync(peer) {
                 self.begin_session(cx, peer);

@@ -5,17 +5,19 @@
 //! the primary's reign ends in any way the tail is folded into the replica's own bitmap, which
 //! [`crate::promotion`] and a resync ask for.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use relevo_format::{Layout, Region};
 use relevo_types::{BlockRange, Seq};
+
+use crate::window::Window;
 
 /// Writes that a primary keeps above the complete position at most. Bounds the tail everywhere.
 pub(crate) const WINDOW_MAX: u64 = 4096;
 
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
-    writes: BTreeMap<Seq, BlockRange>,
+    writes: Window<Seq, BlockRange>,
 }
 
 impl Tail {
@@ -27,9 +29,7 @@ impl Tail {
 
     /// Every write at or below `complete` is everywhere.
     pub(crate) fn complete(&mut self, complete: Seq) {
-        // A peer may say anything.
-        let first_open = Seq(complete.0.saturating_add(1));
-        self.writes = self.writes.split_off(&first_open);
+        self.writes.remove_through(&complete);
     }
 
     pub(crate) fn blocks(&self) -> impl Iterator<Item = BlockRange> + '_ {
@@ -37,7 +37,7 @@ impl Tail {
     }
 
     pub(crate) fn take(&mut self) -> impl Iterator<Item = BlockRange> + use<> {
-        std::mem::take(&mut self.writes).into_values()
+        self.writes.take().map(|(_, blocks)| blocks)
     }
 
     pub(crate) fn regions(&self) -> BTreeSet<Region> {

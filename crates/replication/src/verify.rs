@@ -18,7 +18,7 @@ use crate::{
     io::{Effect, VolumeEvent},
     jobs::{Owner, Reply},
     lab::PlantedBug,
-    link::Part,
+    link::{Part, Walk},
     machine::{Machine, mask},
     ops::Cx,
     sync::Stage,
@@ -367,7 +367,8 @@ impl Machine {
                 continue;
             };
             let runs: Vec<BlockRange> = blocks.runs(u64::MAX).collect();
-            for (peer, other) in self.sessions() {
+            let mut walk = Walk::default();
+            while let Some((peer, other)) = self.next_session(&mut walk) {
                 if other == mask(slot) || self.verifiable(peer).is_none() {
                     continue;
                 }

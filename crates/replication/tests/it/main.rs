@@ -1,5 +1,6 @@
 //! Engines against each other: an instant network, disks in memory, the real control state.
 
+mod allocations;
 mod disk;
 mod heal;
 mod knowledge;
@@ -13,3 +14,6 @@ mod split;
 mod storm;
 mod verify;
 mod world;
+
+#[global_allocator]
+static ALLOCATOR: ::allocations::Counting = ::allocations::Counting;
