@@ -49,10 +49,17 @@ struct Whole<O> {
     origin: O,
     work: Work,
     /// Not given to the engine yet.
-    todo: VecDeque<(Role, AppRequest)>,
+    todo: Todo,
     /// With the engine.
     under_way: usize,
     error: Option<Errno>,
+}
+
+/// Parts in line. Most requests have one, for which nothing is allocated.
+#[derive(Debug, Default)]
+struct Todo {
+    first: Option<(Role, AppRequest)>,
+    rest: VecDeque<(Role, AppRequest)>,
 }
 
 #[derive(Debug)]
@@ -114,7 +121,7 @@ impl<O> Requests<O> {
     /// Takes a request; its range lies within the volume. Afterwards `to_engine` and `finished`
     /// hold what follows from it.
     pub(crate) fn submit(&mut self, origin: O, request: BlockRequest) {
-        let mut todo = VecDeque::new();
+        let mut todo = Todo::default();
         let work = match request {
             BlockRequest::Read { range } => {
                 todo = cut(range, DATA_MAX)
@@ -126,7 +133,7 @@ impl<O> Requests<O> {
                 }
             }
             BlockRequest::Flush => {
-                todo.push_back((Role::Plain, AppRequest::Flush));
+                todo.push((Role::Plain, AppRequest::Flush));
                 Work::Plain
             }
             BlockRequest::Write { range, data, fua } => Write::of(range, Body::Data(data), fua),
@@ -175,7 +182,7 @@ impl<O> Requests<O> {
             (Ok(_), _, _) => {}
             (Err(error), _, _) => {
                 whole.error.get_or_insert_with(|| errno(error));
-                whole.todo.clear();
+                whole.todo = Todo::default();
             }
         }
         self.go_on(part.whole);
@@ -201,7 +208,7 @@ impl<O> Requests<O> {
             whole.todo = write.parts();
         }
         while whole.under_way < PARTS_AT_ONCE
-            && let Some((role, request)) = whole.todo.pop_front()
+            && let Some((role, request)) = whole.todo.pop()
         {
             let part = RequestId(self.next);
             self.next += 1;
@@ -291,6 +298,36 @@ impl<O> Requests<O> {
     }
 }
 
+impl Todo {
+    fn push(&mut self, part: (Role, AppRequest)) {
+        if self.is_empty() {
+            self.first = Some(part);
+        } else {
+            self.rest.push_back(part);
+        }
+    }
+
+    fn pop(&mut self) -> Option<(Role, AppRequest)> {
+        self.first.take().or_else(|| self.rest.pop_front())
+    }
+
+    fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.rest.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl FromIterator<(Role, AppRequest)> for Todo {
+    fn from_iter<I: IntoIterator<Item = (Role, AppRequest)>>(parts: I) -> Self {
+        let mut todo = Self::default();
+        parts.into_iter().for_each(|part| todo.push(part));
+        todo
+    }
+}
+
 impl Write {
     fn of(range: ByteRange, body: Body, fua: bool) -> Work {
         let blocks = range.blocks_touched();
@@ -317,14 +354,14 @@ impl Write {
     }
 
     /// The engine's writes, now that the edges are known.
-    fn parts(&mut self) -> VecDeque<(Role, AppRequest)> {
-        let mut parts = VecDeque::new();
+    fn parts(&mut self) -> Todo {
+        let mut parts = Todo::default();
         for (block, old) in std::mem::take(&mut self.edges) {
             let old = old.unwrap_or_default();
             let range = BlockRange::new(block, 1).bytes();
             let body = Body::Data(self.merge(range, &old));
             let fua = self.fua;
-            parts.push_back((Role::Plain, AppRequest::Write { range, body, fua }));
+            parts.push((Role::Plain, AppRequest::Write { range, body, fua }));
         }
         let max = match self.body {
             Body::Data(_) => DATA_MAX,
@@ -339,7 +376,7 @@ impl Write {
                 Body::Zeroes => Body::Zeroes,
             };
             let fua = self.fua;
-            parts.push_back((Role::Plain, AppRequest::Write { range, body, fua }));
+            parts.push((Role::Plain, AppRequest::Write { range, body, fua }));
         }
         parts
     }

@@ -27,6 +27,8 @@ pub struct PayloadArena {
     small: Shelf,
     large: Shelf,
     filling: BytesMut,
+    /// Bytes of `filling` that were filled; behind them may be some that were only handed out.
+    filled: usize,
 }
 
 /// Blocks of one length.
@@ -45,6 +47,7 @@ impl Default for PayloadArena {
             small: Shelf::new(4 * SMALL_MAX + PAYLOAD_ALIGN),
             large: Shelf::new(LARGE_MAX + PAYLOAD_ALIGN),
             filling: BytesMut::new(),
+            filled: 0,
         }
     }
 }
@@ -52,6 +55,7 @@ impl Default for PayloadArena {
 impl PayloadArena {
     /// Begins a payload of `len` bytes. What was begun and not taken is dropped.
     pub fn begin(&mut self, len: usize) {
+        self.filled = 0;
         self.filling = if len <= SMALL_MAX {
             self.small.cut(len)
         } else if len <= LARGE_MAX {
@@ -64,18 +68,38 @@ impl PayloadArena {
     /// Appends to the payload as much of `content` as it lacks; returns how much.
     pub fn fill(&mut self, content: &[u8]) -> usize {
         let count = content.len().min(self.missing());
+        self.filling.truncate(self.filled);
         self.filling.put_slice(&content[..count]);
+        self.filled += count;
         count
+    }
+
+    /// The next at most `max` bytes to be filled in place, for a read straight from a socket; what they hold
+    /// means nothing. Follow with [`Self::advance`].
+    pub fn spare(&mut self, max: usize) -> &mut [u8] {
+        let end = self.filled + max.min(self.missing());
+        if self.filling.len() < end {
+            self.filling.resize(end, 0);
+        }
+        &mut self.filling[self.filled..end]
+    }
+
+    /// Counts `count` bytes of [`Self::spare`] as filled; no more than were handed out.
+    pub fn advance(&mut self, count: usize) {
+        debug_assert!(self.filled + count <= self.filling.len());
+        self.filled = (self.filled + count).min(self.filling.len());
     }
 
     /// Bytes that the payload lacks.
     #[must_use]
     pub fn missing(&self) -> usize {
-        self.filling.capacity() - self.filling.len()
+        self.filling.capacity() - self.filled
     }
 
     /// The payload, as far as it was filled, without a copy.
     pub fn take(&mut self) -> Bytes {
+        self.filling.truncate(self.filled);
+        self.filled = 0;
         mem::take(&mut self.filling).freeze()
     }
 }
@@ -125,7 +149,15 @@ mod tests {
         arena.begin(len);
         let content = vec![byte; len + 7];
         assert_eq!(arena.fill(&content[..len / 3]), len / 3);
-        assert_eq!(arena.fill(&content), len - len / 3);
+        // In place, and fewer than were handed out.
+        let place = arena.spare(len / 3);
+        assert_eq!(place.len(), len / 3);
+        let part = place.len() / 2;
+        place[..part].fill(byte);
+        arena.advance(part);
+        let rest = len - len / 3 - part;
+        assert_eq!(arena.missing(), rest);
+        assert_eq!(arena.fill(&content), rest);
         assert_eq!(arena.missing(), 0);
         arena.take()
     }

@@ -28,6 +28,10 @@ impl Output {
 
     /// Appends a copy.
     pub(crate) fn put(&mut self, bytes: &[u8]) {
+        if self.open.capacity() - self.open.len() < bytes.len() {
+            // The same memory again, if all that was in it is sent.
+            self.open.reserve(bytes.len().max(PIECE_MAX));
+        }
         self.open.extend_from_slice(bytes);
         self.len += bytes.len();
         if self.open.len() >= PIECE_MAX {

@@ -23,7 +23,7 @@
 //! client down. Hence `next_request` is to be called after each of: bytes received, an answer
 //! given, output sent.
 
-use std::{collections::BTreeMap, fmt, io::IoSlice, sync::Arc};
+use std::{collections::HashMap, fmt, io::IoSlice, sync::Arc};
 
 use bytes::Bytes;
 use relevo_wire::PayloadArena;
@@ -131,7 +131,7 @@ pub struct Session {
     closing: Option<CloseReason>,
     replies: Replies,
     next_tag: u64,
-    under_way: BTreeMap<RequestTag, Pending>,
+    under_way: HashMap<RequestTag, Pending>,
     under_way_bytes: usize,
 }
 
@@ -155,7 +155,7 @@ impl Session {
             closing: None,
             replies: Replies::default(),
             next_tag: 0,
-            under_way: BTreeMap::new(),
+            under_way: HashMap::new(),
             under_way_bytes: 0,
         }
     }
@@ -188,7 +188,9 @@ impl Session {
     fn direct_payload(&self) -> bool {
         match &self.state {
             State::Serving { incoming, .. } => {
-                self.staging.is_empty() && incoming.missing_payload() >= DIRECT_MIN
+                self.staging.is_empty()
+                    && incoming.is_payload()
+                    && self.arena.missing() >= DIRECT_MIN
             }
             State::Negotiating(_) => false,
         }
@@ -201,9 +203,10 @@ impl Session {
             return &mut [];
         }
         let direct = self.direct_payload();
-        match &mut self.state {
-            State::Serving { incoming, .. } if direct => incoming.payload_spare(DIRECT_MAX),
-            _ => self.staging.spare(),
+        if direct {
+            self.arena.spare(DIRECT_MAX)
+        } else {
+            self.staging.spare()
         }
     }
 
@@ -216,9 +219,10 @@ impl Session {
             return self.end_of_stream();
         }
         let direct = self.direct_payload();
-        match &mut self.state {
-            State::Serving { incoming, .. } if direct => incoming.payload_received(count),
-            _ => self.staging.filled(count),
+        if direct {
+            self.arena.advance(count);
+        } else {
+            self.staging.filled(count);
         }
     }
 

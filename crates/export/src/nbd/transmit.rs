@@ -12,17 +12,13 @@ use super::{
     },
     session::{CloseReason, Export, Staging, Step},
 };
-use crate::{
-    block::{BlockRequest, Errno, Extent},
-    buffer::AlignedBuf,
-};
+use crate::block::{BlockRequest, Errno, Extent};
 
 /// Extents in one answer at most; a client asks on from where they end.
 const MAX_EXTENTS: usize = 1024;
 
-/// Payloads of which this much or more is missing are received in place, each in memory of its own;
-/// less goes through the staging buffer, which may catch following requests in the same call, and
-/// shares blocks of memory.
+/// Payloads of which this much or more is missing are received in place; less goes through the staging
+/// buffer, which may catch following requests in the same call.
 pub(super) const DIRECT_MIN: usize = 64 << 10;
 
 /// What has to be remembered of a request to answer it.
@@ -47,13 +43,8 @@ pub(super) enum Incoming {
     /// A header is next.
     #[default]
     Header,
-    /// The payload of an accepted write of less than [`DIRECT_MIN`], in the session's arena.
-    Small { header: RequestHeader },
-    /// The payload of another accepted write.
-    Payload {
-        header: RequestHeader,
-        payload: AlignedBuf,
-    },
+    /// The payload of an accepted write, in the session's arena.
+    Payload { header: RequestHeader },
     /// The payload of a refused write, thrown away so that the stream stays in step.
     Skip {
         header: RequestHeader,
@@ -68,27 +59,9 @@ impl Incoming {
         matches!(self, Self::Header)
     }
 
-    /// Bytes that the payload being received lacks.
-    pub(super) const fn missing_payload(&self) -> usize {
-        match self {
-            Self::Payload { payload, .. } => payload.remaining(),
-            Self::Header | Self::Small { .. } | Self::Skip { .. } => 0,
-        }
-    }
-
-    /// Where the payload goes on.
-    pub(super) fn payload_spare(&mut self, max: usize) -> &mut [u8] {
-        match self {
-            Self::Payload { payload, .. } => payload.spare(max),
-            Self::Header | Self::Small { .. } | Self::Skip { .. } => &mut [],
-        }
-    }
-
-    /// Counts payload bytes that were received in place.
-    pub(super) fn payload_received(&mut self, count: usize) {
-        if let Self::Payload { payload, .. } = self {
-            payload.advance(count);
-        }
+    /// A payload is being received.
+    pub(super) const fn is_payload(&self) -> bool {
+        matches!(self, Self::Payload { .. })
     }
 
     /// Understands the next part of what was received.
@@ -111,7 +84,7 @@ impl Incoming {
                 };
                 self.begin(header, arena, export, replies)
             }
-            Self::Small { header } => {
+            Self::Payload { header } => {
                 let taken = arena.fill(staging.bytes());
                 staging.consume(taken);
                 if arena.missing() > 0 {
@@ -120,18 +93,6 @@ impl Incoming {
                 let header = *header;
                 *self = Self::Header;
                 write_request(header, arena.take())
-            }
-            Self::Payload { header, payload } => {
-                let taken = payload.fill(staging.bytes());
-                staging.consume(taken);
-                if payload.remaining() > 0 {
-                    return Step::Wait;
-                }
-                let header = *header;
-                let Self::Payload { payload, .. } = std::mem::take(self) else {
-                    return Step::Again;
-                };
-                write_request(header, payload.freeze())
             }
             Self::Skip {
                 header,
@@ -165,14 +126,10 @@ impl Incoming {
         let pending = Pending { header };
         if header.command == cmd::WRITE {
             *self = match checked {
-                Ok(()) if (header.len as usize) < DIRECT_MIN => {
+                Ok(()) => {
                     arena.begin(header.len as usize);
-                    Self::Small { header }
+                    Self::Payload { header }
                 }
-                Ok(()) => Self::Payload {
-                    header,
-                    payload: AlignedBuf::with_capacity(header.len as usize),
-                },
                 Err(errno) => Self::Skip {
                     header,
                     left: header.len as usize,
