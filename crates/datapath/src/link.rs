@@ -1,4 +1,5 @@
-//! A link to a peer: socket, TLS session and frames, driven by hand on the volume's thread.
+//! A link to a peer: socket, TLS session, if it is encrypted, and frames, driven by hand on the volume's
+//! thread.
 
 use std::{
     collections::VecDeque,
@@ -8,7 +9,7 @@ use std::{
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use relevo_transport::EstablishedLink;
-use relevo_types::{NodeId, Time};
+use relevo_types::{NodeId, Time, cluster::Encryption};
 use relevo_wire::{Message, frame};
 use rustls::Connection;
 
@@ -19,6 +20,10 @@ const TLS_BUFFER: usize = 256 << 10;
 
 /// Read from the socket with one call.
 pub(crate) const READ_LEN: usize = 256 << 10;
+
+/// Without encryption: from this much missing on, data is read to where it stays, instead of being copied
+/// there from the same call as what precedes and follows it.
+const DIRECT_MIN: usize = 64 << 10;
 
 /// Read from one link in one turn at most, so that one busy peer does not keep the others and the
 /// disk waiting.
@@ -43,7 +48,8 @@ const OUTGOING_MAX: usize = 256 << 20;
 pub(crate) struct Link {
     pub(crate) peer: NodeId,
     pub(crate) stream: TcpStream,
-    tls: Connection,
+    /// `None`: frames go as they are.
+    tls: Option<Connection>,
     decoder: frame::Decoder,
     outgoing: VecDeque<Bytes>,
     /// Heads that follow what is in `outgoing`.
@@ -66,7 +72,9 @@ impl Link {
         } = established;
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
-        tls.set_buffer_limit(Some(TLS_BUFFER));
+        if let Some(tls) = &mut tls {
+            tls.set_buffer_limit(Some(TLS_BUFFER));
+        }
         Ok(Self {
             peer,
             stream,
@@ -110,7 +118,14 @@ impl Link {
         }
     }
 
-    /// Bytes queued and not yet encrypted.
+    pub(crate) const fn encryption(&self) -> Encryption {
+        match self.tls {
+            Some(_) => Encryption::On,
+            None => Encryption::Off,
+        }
+    }
+
+    /// Bytes queued and not yet encrypted, or not yet sent.
     pub(crate) const fn outgoing_bytes(&self) -> usize {
         self.outgoing_bytes
     }
@@ -121,11 +136,21 @@ impl Link {
         scratch: &mut [u8],
         messages: &mut Vec<Message>,
     ) -> Result<(), String> {
-        // What came with the handshake.
-        self.take_plaintext(messages)?;
+        if let Some(tls) = &mut self.tls {
+            // What came with the handshake.
+            take_plaintext(tls, &mut self.decoder, messages)?;
+        }
         let mut total = 0;
         while total < READ_PER_TURN {
-            let count = match self.stream.read(scratch) {
+            // The rest of a long payload goes where it stays.
+            let direct = match &self.tls {
+                Some(_) => None,
+                None => self.decoder.place(DIRECT_MIN, READ_LEN),
+            };
+            let is_direct = direct.is_some();
+            let place = direct.unwrap_or(&mut *scratch);
+            let room = place.len();
+            let count = match self.stream.read(place) {
                 Ok(0) => return Err("the peer closed the connection".to_owned()),
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -133,38 +158,25 @@ impl Link {
                 Err(error) => return Err(error.to_string()),
             };
             total += count;
-            // Through our own buffer: rustls reads the socket 4 KiB at a time.
             let mut received = &scratch[..count];
-            while !received.is_empty() {
-                self.tls
-                    .read_tls(&mut received)
-                    .map_err(|error| error.to_string())?;
-                self.take_plaintext(messages)?;
+            match &mut self.tls {
+                _ if is_direct => {
+                    let message = self.decoder.placed(count);
+                    messages.extend(message.map_err(|error| error.to_string())?);
+                }
+                None => decode(&mut self.decoder, received, messages)?,
+                // Through our own buffer: rustls reads the socket 4 KiB at a time.
+                Some(tls) => {
+                    while !received.is_empty() {
+                        tls.read_tls(&mut received)
+                            .map_err(|error| error.to_string())?;
+                        take_plaintext(tls, &mut self.decoder, messages)?;
+                    }
+                }
             }
-            if count < scratch.len() {
+            if count < room {
                 return Ok(());
             }
-        }
-        Ok(())
-    }
-
-    fn take_plaintext(&mut self, messages: &mut Vec<Message>) -> Result<(), String> {
-        let state = self
-            .tls
-            .process_new_packets()
-            .map_err(|error| format!("TLS: {error}"))?;
-        let mut available = state.plaintext_bytes_to_read();
-        let mut reader = self.tls.reader();
-        while available > 0 {
-            // Where rustls has it: the decoder copies it to where it stays.
-            let mut chunk = reader.fill_buf().map_err(|error| error.to_string())?;
-            let len = chunk.len();
-            while !chunk.is_empty() {
-                let message = self.decoder.take(&mut chunk);
-                messages.extend(message.map_err(|error| error.to_string())?);
-            }
-            reader.consume(len);
-            available = available.saturating_sub(len.max(1));
         }
         Ok(())
     }
@@ -175,14 +187,16 @@ impl Link {
         loop {
             self.encrypt()?;
             if self.closing.is_some() && self.outgoing.is_empty() && !self.notified {
-                self.tls.send_close_notify();
+                if let Some(tls) = &mut self.tls {
+                    tls.send_close_notify();
+                }
                 self.notified = true;
             }
-            if !self.tls.wants_write() {
+            if !self.wants_write() {
                 return Ok(());
             }
-            match self.tls.write_tls(&mut self.stream) {
-                Ok(_) => {}
+            match self.write() {
+                Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.to_string()),
@@ -190,36 +204,56 @@ impl Link {
         }
     }
 
-    /// Hands the TLS session as much of what is queued as it takes.
+    fn wants_write(&self) -> bool {
+        match &self.tls {
+            Some(tls) => tls.wants_write(),
+            None => !self.outgoing.is_empty(),
+        }
+    }
+
+    /// One call.
+    fn write(&mut self) -> io::Result<()> {
+        if let Some(tls) = &mut self.tls {
+            tls.write_tls(&mut self.stream)?;
+            return Ok(());
+        }
+        let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+        let used = fill_slices(&self.outgoing, &mut slices);
+        let taken = self.stream.write_vectored(&slices[..used])?;
+        self.taken(taken);
+        Ok(())
+    }
+
+    /// Hands the TLS session, if there is one, as much of what is queued as it takes.
     fn encrypt(&mut self) -> Result<(), String> {
-        while !self.outgoing.is_empty() {
+        while let Some(tls) = &mut self.tls
+            && !self.outgoing.is_empty()
+        {
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
-            let mut used = 0;
-            for (slot, piece) in slices.iter_mut().zip(&self.outgoing) {
-                *slot = IoSlice::new(piece);
-                used += 1;
-            }
-            let mut taken = self
-                .tls
-                .writer()
-                .write_vectored(&slices[..used])
-                .map_err(|error| error.to_string())?;
+            let used = fill_slices(&self.outgoing, &mut slices);
+            let taken = tls.writer().write_vectored(&slices[..used]);
+            let taken = taken.map_err(|error| error.to_string())?;
             if taken == 0 {
                 return Ok(());
             }
-            self.outgoing_bytes -= taken;
-            while let Some(piece) = self.outgoing.front_mut()
-                && taken > 0
-            {
-                let step = taken.min(piece.len());
-                piece.advance(step);
-                taken -= step;
-                if piece.is_empty() {
-                    self.outgoing.pop_front();
-                }
-            }
+            self.taken(taken);
         }
         Ok(())
+    }
+
+    /// Drops from what is queued.
+    fn taken(&mut self, mut bytes: usize) {
+        self.outgoing_bytes -= bytes;
+        while let Some(piece) = self.outgoing.front_mut()
+            && bytes > 0
+        {
+            let step = bytes.min(piece.len());
+            piece.advance(step);
+            bytes -= step;
+            if piece.is_empty() {
+                self.outgoing.pop_front();
+            }
+        }
     }
 
     /// Sends what is queued, until `deadline` at most, and then ends; nothing is received any more.
@@ -234,15 +268,58 @@ impl Link {
 
     /// A closing link has sent everything.
     pub(crate) fn is_done(&self) -> bool {
-        self.notified && !self.tls.wants_write()
+        self.notified && !self.wants_write()
     }
 
     pub(crate) fn wanted(&self) -> Interest {
         Interest {
             read: self.closing.is_none(),
-            write: self.tls.wants_write(),
+            write: self.wants_write(),
         }
     }
+}
+
+fn fill_slices<'a>(pieces: &'a VecDeque<Bytes>, slices: &mut [IoSlice<'a>]) -> usize {
+    let mut used = 0;
+    for (slot, piece) in slices.iter_mut().zip(pieces) {
+        *slot = IoSlice::new(piece);
+        used += 1;
+    }
+    used
+}
+
+/// The messages in what the TLS session decrypted.
+fn take_plaintext(
+    tls: &mut Connection,
+    decoder: &mut frame::Decoder,
+    messages: &mut Vec<Message>,
+) -> Result<(), String> {
+    let state = tls
+        .process_new_packets()
+        .map_err(|error| format!("TLS: {error}"))?;
+    let mut available = state.plaintext_bytes_to_read();
+    let mut reader = tls.reader();
+    while available > 0 {
+        // Where rustls has it: the decoder copies it to where it stays.
+        let chunk = reader.fill_buf().map_err(|error| error.to_string())?;
+        let len = chunk.len();
+        decode(decoder, chunk, messages)?;
+        reader.consume(len);
+        available = available.saturating_sub(len.max(1));
+    }
+    Ok(())
+}
+
+fn decode(
+    decoder: &mut frame::Decoder,
+    mut bytes: &[u8],
+    messages: &mut Vec<Message>,
+) -> Result<(), String> {
+    while !bytes.is_empty() {
+        let message = decoder.take(&mut bytes);
+        messages.extend(message.map_err(|error| error.to_string())?);
+    }
+    Ok(())
 }
 
 impl Drop for Link {

@@ -282,6 +282,8 @@ impl Owner {
                 if is_newer {
                     self.volume = Some(Arc::clone(&volume));
                     self.forget_peers();
+                    // First: not another byte the way that is not wanted any more.
+                    self.check_encryption();
                 }
                 self.tell(Input::Config(volume));
                 self.offer();

@@ -20,7 +20,7 @@ use relevo_export::{
     bench::{Bench, Measured, Pattern},
     nbd::client::NbdAddr,
 };
-use relevo_server::api::{CreateVolumeRequest, ReplicaRequest};
+use relevo_server::api::{CreateVolumeRequest, ReplicaRequest, SetOptionsRequest};
 use relevo_types::cluster::{NodeKind, Protocol};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
@@ -68,10 +68,24 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=3))]
     pub replicas: u8,
 
+    /// Whether the data link between the replicas is encrypted (the volume's option `encryption`)
+    #[arg(long, value_enum, default_value_t = OnOff::On)]
+    pub tls: OnOff,
+
     /// Directory for the volumes, on the disk that shall be measured (or /dev/shm: in memory); by
     /// default the temporary directory (TMPDIR)
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
+}
+
+/// A switch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnOff {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// One pattern on both volumes.
@@ -130,8 +144,8 @@ pub fn run(args: &BenchArgs, json: bool) -> anyhow::Result<ExitCode> {
     };
     let lab = Lab::build_in(&directory, surroundings, third, &progress)?;
     let nodes = &["one", "two", "three"][..usize::from(args.replicas).clamp(2, 3)];
-    let local = volume(&lab, "local", args.size, &nodes[..1])?;
-    let replicated = volume(&lab, "replicated", args.size, nodes)?;
+    let local = volume(&lab, "local", args.size, &nodes[..1], OnOff::On)?;
+    let replicated = volume(&lab, "replicated", args.size, nodes, args.tls)?;
     let round_trip_us = round_trip_us()?;
     let mut rows = Vec::new();
     for pattern in PATTERNS {
@@ -143,19 +157,23 @@ pub fn run(args: &BenchArgs, json: bool) -> anyhow::Result<ExitCode> {
         let object = serde_json::json!({
             "protocol": "C",
             "replicas": args.replicas,
+            "tls": args.tls,
             "round_trip_us": round_trip_us,
             "patterns": rows,
         });
         println!("{}", serde_json::to_string_pretty(&object)?);
     } else {
         println!("{}", table(args.replicas, &rows));
+        if args.tls == OnOff::Off {
+            println!("between the replicas: no encryption");
+        }
         println!("a round trip on loopback alone: {round_trip_us:.0} µs (median)");
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Creates a volume, makes node `one` its primary and gives its NBD socket.
-fn volume(lab: &Lab, name: &str, size: u64, nodes: &[&str]) -> anyhow::Result<NbdAddr> {
+fn volume(lab: &Lab, name: &str, size: u64, nodes: &[&str], tls: OnOff) -> anyhow::Result<NbdAddr> {
     let state_dir = &lab.machine("one").state_dir;
     let replica = |node: &&str| ReplicaRequest {
         node: (*node).to_owned(),
@@ -171,6 +189,14 @@ fn volume(lab: &Lab, name: &str, size: u64, nodes: &[&str]) -> anyhow::Result<Nb
     lab.api.call(state_dir, async |client| {
         client.create_volume(&request).await
     })?;
+    if tls == OnOff::Off {
+        let request = SetOptionsRequest {
+            options: vec![("encryption".to_owned(), "off".to_owned())],
+        };
+        lab.api.call(state_dir, async |client| {
+            client.set_options(name, &request).await
+        })?;
+    }
     lab.api
         .call(state_dir, async |client| client.make_primary(name).await)?;
     let socket = wait_for(OPEN_BOUND, &format!("volume `{name}` to open"), || {

@@ -3,11 +3,15 @@
 //! Set up here with Tokio (accept, connect, handshake, [`LinkHello`] both ways), then handed to
 //! the data path as an [`EstablishedLink`]: a plain socket and the TLS session, which the volume's
 //! own thread drives. The dialing side speaks first.
+//!
+//! A volume may want no encryption. Then too both prove who they are by TLS, and the greetings, inside TLS,
+//! must agree; only what follows is plain. What each side wants is in its committed configuration, and nothing
+//! that arrives can change it.
 
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use relevo_types::{NodeId, VolumeId};
-use relevo_wire::{HelloError, LINK_HELLO_BYTES, LinkHello, ProtocolVersion};
+use relevo_types::{NodeId, VolumeId, cluster::Encryption};
+use relevo_wire::{HelloError, LINK_HELLO_BYTES, LinkHello, PLAIN_START, ProtocolVersion};
 use rustls::{ClientConfig, Connection};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
@@ -32,8 +36,9 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after the system refused to accept a connection (no descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Decides whether a peer may have a link for a volume: `Err` says why not, for the log.
-pub type LinkAdmission = Arc<dyn Fn(NodeId, VolumeId) -> Result<(), String> + Send + Sync>;
+/// Decides whether a peer may have a link for a volume, and with what encryption: `Err` says why not, for
+/// the log.
+pub type LinkAdmission = Arc<dyn Fn(NodeId, VolumeId) -> Result<Encryption, String> + Send + Sync>;
 
 /// Why a link was not established.
 #[derive(Debug, thiserror::Error)]
@@ -64,8 +69,20 @@ pub struct EstablishedLink {
     /// The socket, non-blocking, tuned.
     pub stream: std::net::TcpStream,
     /// The TLS session, its handshake done and all it had to write written. What the peer sent
-    /// early is inside: empty its `reader()` before waiting for the socket.
-    pub tls: Connection,
+    /// early is inside: empty its `reader()` before waiting for the socket. `None` on a link without
+    /// encryption: frames are on the socket as they are.
+    pub tls: Option<Connection>,
+}
+
+impl EstablishedLink {
+    /// Whether it is encrypted.
+    #[must_use]
+    pub const fn encryption(&self) -> Encryption {
+        match self.tls {
+            Some(_) => Encryption::On,
+            None => Encryption::Off,
+        }
+    }
 }
 
 impl fmt::Debug for EstablishedLink {
@@ -204,8 +221,8 @@ async fn accept_one(
             peer_node(certificate, cluster).map_err(|error| error.to_string())
         })?;
     let theirs = read_hello(&mut stream).await?;
-    (shared.admission)(peer, theirs.volume)?;
-    let ours = LinkHello::new(cluster, theirs.volume);
+    let encryption = (shared.admission)(peer, theirs.volume)?;
+    let ours = LinkHello::new(cluster, theirs.volume, encryption);
     // The answer goes out before the verdict, so that the peer can name the difference too.
     let sent = async {
         stream.write_all(&ours.encode()).await?;
@@ -213,14 +230,21 @@ async fn accept_one(
     };
     sent.await.map_err(|error| describe_tls_error(&error))?;
     let protocol = ours.agree(&theirs).map_err(|error| error.to_string())?;
-    let (stream, tls) = stream.into_inner();
+    let (mut stream, tls) = stream.into_inner();
+    let tls = match encryption {
+        Encryption::On => Some(Connection::Server(tls)),
+        Encryption::Off => {
+            read_plain_start(&mut stream).await?;
+            None
+        }
+    };
     Ok(EstablishedLink {
         peer,
         volume: theirs.volume,
         protocol,
         remote: from,
         stream: stream.into_std().map_err(|error| error.to_string())?,
-        tls: Connection::Server(tls),
+        tls,
     })
 }
 
@@ -243,7 +267,8 @@ impl LinkDialer {
         })
     }
 
-    /// Tries a peer's data addresses in order, each for at most `timeout`.
+    /// Tries a peer's data addresses in order, each for at most `timeout`. `encryption`: what the volume's
+    /// configuration says.
     ///
     /// # Errors
     /// None led to the peer, or it refused.
@@ -252,11 +277,12 @@ impl LinkDialer {
         peer: NodeId,
         addresses: &[SocketAddr],
         volume: VolumeId,
+        encryption: Encryption,
         timeout: Duration,
     ) -> Result<EstablishedLink, LinkError> {
         let mut failures = Vec::new();
         for address in addresses {
-            let attempt = self.dial_one(peer, *address, volume, timeout);
+            let attempt = self.dial_one(peer, *address, volume, encryption, timeout);
             match tokio::time::timeout(timeout, attempt).await {
                 Ok(Ok(link)) => return Ok(link),
                 Ok(Err(why)) => failures.push(format!("{address}: {why}")),
@@ -280,6 +306,7 @@ impl LinkDialer {
         peer: NodeId,
         address: SocketAddr,
         volume: VolumeId,
+        encryption: Encryption,
         timeout: Duration,
     ) -> Result<EstablishedLink, String> {
         let stream = net::connect(address, timeout)
@@ -290,7 +317,7 @@ impl LinkDialer {
             .connect(name, stream)
             .await
             .map_err(|error| describe_tls_error(&error))?;
-        let ours = LinkHello::new(self.identity.cluster(), volume);
+        let ours = LinkHello::new(self.identity.cluster(), volume, encryption);
         let sent = async {
             stream.write_all(&ours.encode()).await?;
             stream.flush().await
@@ -300,14 +327,22 @@ impl LinkDialer {
         let protocol = ours
             .agree(&theirs)
             .map_err(|error: HelloError| error.to_string())?;
-        let (stream, tls) = stream.into_inner();
+        let (mut stream, tls) = stream.into_inner();
+        let tls = match encryption {
+            Encryption::On => Some(Connection::Client(tls)),
+            Encryption::Off => {
+                let sent = stream.write_all(&PLAIN_START).await;
+                sent.map_err(|error| error.to_string())?;
+                None
+            }
+        };
         Ok(EstablishedLink {
             peer,
             volume,
             protocol,
             remote: address,
             stream: stream.into_std().map_err(|error| error.to_string())?,
-            tls: Connection::Client(tls),
+            tls,
         })
     }
 }
@@ -322,4 +357,19 @@ async fn read_hello(stream: &mut (impl AsyncRead + Unpin)) -> Result<LinkHello, 
         _ => describe_tls_error(&error),
     })?;
     LinkHello::decode(&bytes).map_err(|error| error.to_string())
+}
+
+/// The dialing side has read all that came inside TLS: from here on both may send plain frames.
+async fn read_plain_start(stream: &mut TcpStream) -> Result<(), String> {
+    let mut bytes = [0; PLAIN_START.len()];
+    let read = stream.read_exact(&mut bytes).await;
+    read.map_err(|error| format!("it did not go on without encryption: {error}"))?;
+    if bytes == PLAIN_START {
+        Ok(())
+    } else {
+        Err(
+            "what follows its greeting is not what a link without encryption begins with"
+                .to_owned(),
+        )
+    }
 }

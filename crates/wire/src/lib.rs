@@ -11,8 +11,8 @@ pub mod message;
 pub mod payload;
 
 pub use frame::{
-    Decoder, Encoded, FrameError, HelloError, LINK_HELLO_BYTES, LinkHello, ProtocolVersion, encode,
-    encode_into,
+    Decoder, Encoded, FrameError, HelloError, LINK_HELLO_BYTES, LinkHello, PLAIN_START,
+    ProtocolVersion, encode, encode_into,
 };
 pub use message::{BlockDigest, Body, Message, PeerInfo, Refusal};
 pub use payload::PayloadArena;

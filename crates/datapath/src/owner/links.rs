@@ -27,6 +27,12 @@ impl Owner {
             return;
         }
         let peer = established.peer;
+        let wanted = self.volume.as_ref().map(|it| it.options.encryption);
+        if wanted.is_some_and(|wanted| wanted != established.encryption()) {
+            // It is asked for again.
+            tracing::info!(%peer, volume = self.name, "a link was made before its encryption changed");
+            return;
+        }
         let link = match Link::new(established) {
             Ok(link) => link,
             Err(error) => {
@@ -110,6 +116,19 @@ impl Owner {
             self.link_of.remove(&peer);
             self.tell(Input::LinkDown { peer });
             self.say(DatapathEvent::LinkLost { peer, reason });
+        }
+    }
+
+    /// Ends links that are not what the configuration wants them to be now.
+    pub(super) fn check_encryption(&mut self) {
+        let Some(wanted) = self.volume.as_ref().map(|it| it.options.encryption) else {
+            return;
+        };
+        let others = self.links.iter();
+        let others = others.filter(|(_, link)| link.encryption() != wanted);
+        for number in others.map(|(number, _)| *number).collect::<Vec<_>>() {
+            let reason = format!("`encryption` is `{}` now: it is made anew", wanted.word());
+            self.lose_link(number, reason);
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex,
         mpsc::{Receiver, Sender, channel},
     },
     time::{Duration, Instant},
@@ -18,13 +18,14 @@ use relevo_export::nbd::{Client, NbdAddr};
 use relevo_format::{Identity as ReplicaIdentity, Replica as NewSuperblock};
 use relevo_replication::EngineConfig;
 use relevo_transport::{
-    ClusterCa, DataListener, EstablishedLink, Identity, NodeKey, datalink::LinkDialer,
+    ClusterCa, DataListener, EstablishedLink, Identity, LinkAdmission, NodeKey,
+    datalink::LinkDialer,
 };
 use relevo_types::{
     ClusterId, Epoch, Instance, LineageId, NodeId, Sensitivity, Time, VolumeId,
     cluster::{
-        ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Outcome, Ports, Protocol,
-        ReplicaSpec, Volume, VolumeChange,
+        ClusterState, Command, Encryption, JoinToken, NodeKind, NodePath, NodeSpec, Outcome, Ports,
+        Protocol, ReplicaSpec, Volume, VolumeChange,
     },
 };
 use tokio::runtime::Runtime;
@@ -60,6 +61,10 @@ pub(crate) struct Cluster {
     /// No link is established.
     pub(crate) cut: bool,
     starts: u64,
+    /// What the link made last is.
+    pub(crate) made: Option<Encryption>,
+    /// What the listening side takes.
+    encryption: Arc<Mutex<Encryption>>,
 }
 
 fn identity(ca: &ClusterCa, node: NodeId) -> Arc<Identity> {
@@ -144,8 +149,10 @@ impl Cluster {
         let runtime = Runtime::new().unwrap();
         let guard = runtime.enter();
         let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
-        let listener =
-            DataListener::bind(&[anywhere], &identity(&ca, B), Arc::new(|_, _| Ok(()))).unwrap();
+        let encryption = Arc::new(Mutex::new(Encryption::default()));
+        let admitted = Arc::clone(&encryption);
+        let admission: LinkAdmission = Arc::new(move |_, _| Ok(*admitted.lock().unwrap()));
+        let listener = DataListener::bind(&[anywhere], &identity(&ca, B), admission).unwrap();
         drop(guard);
         let (outbox, inbox) = channel();
         let mut cluster = Self {
@@ -163,6 +170,8 @@ impl Cluster {
             sockets: Vec::new(),
             cut: false,
             starts: 0,
+            made: None,
+            encryption,
         };
         for node in nodes {
             cluster.create(*node);
@@ -256,10 +265,28 @@ impl Cluster {
             change,
         };
         if matches!(self.state.apply(&command), Ok(Outcome::Epoch(_))) {
-            let volume = Arc::new(self.volume().clone());
-            for node in self.nodes.values() {
-                node.handle.config(Arc::clone(&volume)).unwrap();
-            }
+            self.tell_config();
+        }
+    }
+
+    /// Changes the volume's option.
+    pub(crate) fn set_encryption(&mut self, encryption: Encryption) {
+        let mut options = self.volume().options.clone();
+        options.encryption = encryption;
+        let command = Command::SetVolumeOptions {
+            volume: V,
+            expect: self.volume().version,
+            options,
+        };
+        self.state.apply(&command).unwrap();
+        *self.encryption.lock().unwrap() = encryption;
+        self.tell_config();
+    }
+
+    fn tell_config(&self) {
+        let volume = Arc::new(self.volume().clone());
+        for node in self.nodes.values() {
+            node.handle.config(Arc::clone(&volume)).unwrap();
         }
     }
 
@@ -309,15 +336,17 @@ impl Cluster {
     /// Establishes a link between the two.
     fn join(&mut self) {
         let addresses = self.listener.addresses().to_vec();
+        let encryption = self.volume().options.encryption;
         let (dialer, listener) = (&self.dialer, &mut self.listener);
         let (dialed, accepted) = self.runtime.block_on(async {
             tokio::join!(
-                dialer.dial(B, &addresses, V, Duration::from_secs(5)),
+                dialer.dial(B, &addresses, V, encryption, Duration::from_secs(5)),
                 listener.accept()
             )
         });
         let (dialed, accepted): (EstablishedLink, EstablishedLink) =
             (dialed.unwrap(), accepted.unwrap());
+        self.made = Some(dialed.encryption());
         self.sockets = vec![
             dialed.stream.try_clone().unwrap(),
             accepted.stream.try_clone().unwrap(),

@@ -6,6 +6,7 @@ use relevo_datapath::DatapathEvent;
 use relevo_disk::{DriverChoice, DriverKind};
 use relevo_export::nbd::Client;
 use relevo_replication::VolumeEvent;
+use relevo_types::cluster::Encryption;
 
 use crate::cluster::{A, B, Cluster, SIZE};
 
@@ -135,6 +136,36 @@ fn a_lost_peer_leaves_and_comes_back_equal() {
         client
     });
     assert!(cluster.data(A) == cluster.data(B), "the replicas are equal");
+    drop(client);
+}
+
+/// Both ends of a link end it as soon as the configuration says otherwise; the next one is as it says.
+#[test]
+fn encryption_changes_while_the_volume_is_in_use() {
+    let mut cluster = Cluster::new(&[A, B]);
+    cluster.promote(A);
+    let mut client = cluster.connect(A);
+    assert_eq!(cluster.made, Some(Encryption::On));
+    for (round, encryption) in [(1, Encryption::Off), (2, Encryption::On)] {
+        cluster.set_encryption(encryption);
+        client = beside(&mut cluster, move || {
+            for n in 0..100_u64 {
+                let len = if n % 10 == 0 { 1 << 20 } else { 8192 };
+                let data = block(round * 100 + n as u8 % 50, len);
+                client.write(n * 100 * 4096, &data, false).unwrap();
+            }
+            client.flush().unwrap();
+            client
+        });
+        cluster.until("a link as wanted, and in sync", |c| {
+            c.made == Some(encryption) && c.in_sync() == [A, B]
+        });
+        client = beside(&mut cluster, move || {
+            client.write(0, &block(round, 3 << 20), true).unwrap();
+            client
+        });
+        assert!(cluster.data(A) == cluster.data(B), "the replicas are equal");
+    }
     drop(client);
 }
 

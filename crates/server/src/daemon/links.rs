@@ -11,7 +11,10 @@ use std::{
 use relevo_transport::{
     DataListener, EstablishedLink, Identity, LinkAdmission, datalink::LinkDialer,
 };
-use relevo_types::{NodeId, Time, VolumeId, cluster::ClusterState};
+use relevo_types::{
+    NodeId, Time, VolumeId,
+    cluster::{ClusterState, Encryption},
+};
 use tokio::{runtime::Handle, sync::watch, task::JoinSet};
 
 use super::volumes::{Volumes, lock};
@@ -87,8 +90,13 @@ pub(crate) fn start(
     Ok(())
 }
 
-/// Both must have a replica of the volume.
-fn admit(state: &ClusterState, me: NodeId, peer: NodeId, volume: VolumeId) -> Result<(), String> {
+/// Both must have a replica of the volume. Gives what its configuration says of encryption.
+fn admit(
+    state: &ClusterState,
+    me: NodeId,
+    peer: NodeId,
+    volume: VolumeId,
+) -> Result<Encryption, String> {
     let Some(known) = state.volumes.get(&volume) else {
         return Err(format!("volume {volume} is not known here"));
     };
@@ -100,7 +108,7 @@ fn admit(state: &ClusterState, me: NodeId, peer: NodeId, volume: VolumeId) -> Re
             ));
         }
     }
-    Ok(())
+    Ok(known.options.encryption)
 }
 
 impl Dialer {
@@ -156,9 +164,13 @@ async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
         if !unchanged || inner.volumes.shared.live(volume).is_none() {
             return;
         }
+        let admitted = admit(&inner.states.borrow(), inner.me, peer, volume);
+        let Ok(encryption) = admitted else {
+            return;
+        };
         let dialed = inner
             .dialer
-            .dial(peer, &preferred, volume, CONNECT_TIMEOUT)
+            .dial(peer, &preferred, volume, encryption, CONNECT_TIMEOUT)
             .await;
         if let Ok(link) = dialed {
             inner.hand_over(link, Duration::ZERO);
@@ -184,22 +196,18 @@ async fn dial(
         if lock(&inner.made).get(&(volume, peer)).copied() != last {
             return None;
         }
-        let addresses = {
+        let (addresses, encryption) = {
             let state = inner.states.borrow();
-            if admit(&state, inner.me, peer, volume).is_err() {
-                return None;
-            }
-            state
-                .nodes
-                .get(&peer)
-                .map(relevo_types::cluster::Node::data_addresses)
-                .unwrap_or_default()
+            let encryption = admit(&state, inner.me, peer, volume).ok()?;
+            let node = state.nodes.get(&peer);
+            let addresses = node.map(relevo_types::cluster::Node::data_addresses);
+            (addresses.unwrap_or_default(), encryption)
         };
         // Detached meanwhile.
         inner.volumes.shared.live(volume)?;
         match inner
             .dialer
-            .dial(peer, &addresses, volume, CONNECT_TIMEOUT)
+            .dial(peer, &addresses, volume, encryption, CONNECT_TIMEOUT)
             .await
         {
             Ok(link) => return Some((link, first)),
@@ -302,7 +310,8 @@ mod tests {
                 replicas: vec![replica(1), replica(2)],
             })
             .unwrap();
-        assert_eq!(admit(&state, NodeId(1), NodeId(2), VolumeId(1)), Ok(()));
+        let admitted = admit(&state, NodeId(1), NodeId(2), VolumeId(1));
+        assert_eq!(admitted, Ok(Encryption::On));
         assert!(admit(&state, NodeId(1), NodeId(3), VolumeId(1)).is_err());
         assert!(admit(&state, NodeId(1), NodeId(2), VolumeId(2)).is_err());
     }

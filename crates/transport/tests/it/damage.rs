@@ -9,7 +9,7 @@ use std::{
 
 use relevo_membership::{Heartbeat, PathEcho, PeerEcho};
 use relevo_transport::{DataListener, HeartbeatKey, LinkDialer, Token};
-use relevo_types::{ClusterId, Instance, LeaseGeneration, NodeId, VolumeId};
+use relevo_types::{ClusterId, Instance, LeaseGeneration, NodeId, VolumeId, cluster::Encryption};
 use said::fuzz::{Random, fuzz, mutate};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -28,7 +28,11 @@ async fn greeting(cluster: &Cluster) -> Vec<u8> {
     let address = listener.local_addr().unwrap();
     let dialer = LinkDialer::new(cluster.node(1)).unwrap();
     let dial = tokio::spawn(async move {
-        drop(dialer.dial(NodeId(2), &[address], V, LONG).await);
+        drop(
+            dialer
+                .dial(NodeId(2), &[address], V, Encryption::On, LONG)
+                .await,
+        );
     });
     let (mut stream, _) = listener.accept().await.unwrap();
     let mut bytes = vec![0; 4096];
@@ -69,8 +73,12 @@ fn knock(random: &mut Random, port: SocketAddr, greeting: &[u8]) {
 async fn strangers_at_the_data_port_disturb_nobody() {
     let cluster = Cluster::new(1);
     let greeting = greeting(&cluster).await;
-    let mut listener =
-        DataListener::bind(&[any()], &cluster.node(2), Arc::new(|_, _| Ok(()))).unwrap();
+    let mut listener = DataListener::bind(
+        &[any()],
+        &cluster.node(2),
+        Arc::new(|_, _| Ok(Encryption::On)),
+    )
+    .unwrap();
     let port = listener.addresses()[0];
     let knocking = tokio::task::spawn_blocking(move || {
         fuzz("strangers_at_the_data_port_disturb_nobody", |random| {
@@ -80,7 +88,10 @@ async fn strangers_at_the_data_port_disturb_nobody() {
     let dialer = LinkDialer::new(cluster.node(1)).unwrap();
     let mut links = 0;
     while links == 0 || !knocking.is_finished() {
-        dialer.dial(NodeId(2), &[port], V, LONG).await.unwrap();
+        dialer
+            .dial(NodeId(2), &[port], V, Encryption::On, LONG)
+            .await
+            .unwrap();
         let link = timeout(LONG, listener.accept()).await.unwrap().unwrap();
         assert_eq!((link.peer, link.volume), (NodeId(1), V));
         links += 1;

@@ -13,7 +13,9 @@ mod state;
 mod tests;
 
 pub use command::{Command, Outcome, Proof, Rejection, VolumeChange};
-pub use options::{AfterSplitBrain, Congestion, OnCongestion, PairProtocol, VolumeOptions};
+pub use options::{
+    AfterSplitBrain, Congestion, Encryption, OnCongestion, PairProtocol, VolumeOptions,
+};
 pub use service::{
     AddressPart, FailureRecord, MountPart, Part, ProcessPart, Service, ServiceSpec, VolumePart,
 };

@@ -32,6 +32,20 @@ pub struct VolumeOptions {
     /// Which side gives way when two histories of the volume meet and both have changes of their own.
     #[serde(default)]
     pub after_split_brain: AfterSplitBrain,
+    /// Whether the data links between the replicas are encrypted.
+    #[serde(default)]
+    pub encryption: Encryption,
+}
+
+/// `encryption`: what data links are once both ends have proved who they are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Encryption {
+    /// TLS.
+    #[default]
+    On,
+    /// Plain TCP, on whatever path: for cables that nobody else is on. Who is on them can read, and with
+    /// some effort change, what replicas say to each other; checksums are against accidents only.
+    Off,
 }
 
 /// `on-io-error`: what becomes of a read of the primary's disk that fails, and that no other replica in
@@ -305,6 +319,19 @@ const TABLE: &[Entry] = &[
         },
     },
     Entry {
+        key: "encryption",
+        allowed: "on or off",
+        show: |options, _| options.encryption.word().to_owned(),
+        set: |options, _, value| {
+            options.encryption = match value {
+                "on" => Encryption::On,
+                "off" => Encryption::Off,
+                _ => return None,
+            };
+            Some(())
+        },
+    },
+    Entry {
         key: "sndbuf-size",
         allowed: "4096 to 67108864 bytes",
         show: |options, _| options.congestion.sndbuf_bytes.to_string(),
@@ -472,6 +499,17 @@ impl AfterSplitBrain {
     }
 }
 
+impl Encryption {
+    /// As an administrator writes it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Off => "off",
+        }
+    }
+}
+
 impl OnLoss {
     const ALLOWED: &str = "suspend-io or io-error";
 
@@ -505,6 +543,7 @@ mod tests {
         options.set(&state, "congestion-fill", "32768").unwrap();
         options.set(&state, "congestion-extents", "7").unwrap();
         options.set(&state, "on-io-error", "pass_on").unwrap();
+        options.set(&state, "encryption", "off").unwrap();
         let no_data = "on-no-data-accessible";
         options.set(&state, no_data, "suspend-io").unwrap();
         options.set(&state, "disk-timeout", "2min").unwrap();

@@ -1,13 +1,20 @@
-//! The first bytes on a data link: which cluster, which volume, which protocol versions.
+//! The first bytes on a data link: which cluster, which volume, which protocol versions, and what follows.
 
-use relevo_types::{ClusterId, VolumeId};
+use relevo_types::{ClusterId, VolumeId, cluster::Encryption};
 
 use super::{PROTOCOL_MAX, PROTOCOL_MIN};
 
 /// Length of an encoded [`LinkHello`]; never changes, whatever the version.
 pub const LINK_HELLO_BYTES: usize = 36;
 
+/// On a link without encryption: the first plain bytes, by the dialing side once it has read the answer to its
+/// greeting. The other side sends none before it has them, so no end takes plain bytes for TLS.
+pub const PLAIN_START: [u8; 8] = *b"RELEVOPL";
+
 const MAGIC: [u8; 8] = *b"RELEVODL";
+
+/// In the flags: the sender wants what follows the greetings without encryption.
+const FLAG_PLAIN: u8 = 1;
 
 /// A version of the data-link protocol.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -24,6 +31,8 @@ pub struct LinkHello {
     pub cluster: ClusterId,
     /// The volume that the link is for.
     pub volume: VolumeId,
+    /// What the sender wants to follow the greetings: what its volume's configuration says.
+    pub encryption: Encryption,
 }
 
 /// Why a link can't be used.
@@ -53,6 +62,17 @@ pub enum HelloError {
         /// The other side's.
         theirs: VolumeId,
     },
+    /// One side would encrypt, the other would not.
+    #[error(
+        "this link's encryption is `{}` here and `{}` at the other side: the change of the option `encryption` has not reached both yet; it is tried again",
+        ours.word(), theirs.word()
+    )]
+    Encryption {
+        /// This side's.
+        ours: Encryption,
+        /// The other side's.
+        theirs: Encryption,
+    },
     /// No common version.
     #[error(
         "the other side speaks data-link protocol {} to {}, this node {} to {}; update the older one",
@@ -69,12 +89,13 @@ pub enum HelloError {
 impl LinkHello {
     /// This build's greeting.
     #[must_use]
-    pub const fn new(cluster: ClusterId, volume: VolumeId) -> Self {
+    pub const fn new(cluster: ClusterId, volume: VolumeId, encryption: Encryption) -> Self {
         Self {
             protocol_min: PROTOCOL_MIN,
             protocol_max: PROTOCOL_MAX,
             cluster,
             volume,
+            encryption,
         }
     }
 
@@ -85,7 +106,11 @@ impl LinkHello {
         bytes[0..8].copy_from_slice(&MAGIC);
         bytes[8] = self.protocol_min.0;
         bytes[9] = self.protocol_max.0;
-        // 10 and 11 are reserved, zero.
+        bytes[10] = match self.encryption {
+            Encryption::On => 0,
+            Encryption::Off => FLAG_PLAIN,
+        };
+        // 11 is reserved, zero.
         bytes[12..28].copy_from_slice(&self.cluster.0);
         bytes[28..32].copy_from_slice(&self.volume.0.to_le_bytes());
         let crc = crc32c::crc32c(&bytes[..32]);
@@ -114,13 +139,19 @@ impl LinkHello {
             protocol_max: ProtocolVersion(bytes[9]),
             cluster: ClusterId(cluster),
             volume: VolumeId(word(28)),
+            encryption: if bytes[10] & FLAG_PLAIN == 0 {
+                Encryption::On
+            } else {
+                Encryption::Off
+            },
         })
     }
 
     /// The newest version that both sides speak.
     ///
     /// # Errors
-    /// The two are not about the same volume of the same cluster, or share no version.
+    /// The two are not about the same volume of the same cluster, share no version, or differ in whether to
+    /// encrypt: neither side ever gives in.
     pub fn agree(&self, theirs: &Self) -> Result<ProtocolVersion, HelloError> {
         if self.cluster != theirs.cluster {
             return Err(HelloError::OtherCluster {
@@ -139,6 +170,12 @@ impl LinkHello {
             return Err(HelloError::NoCommonVersion {
                 ours: (self.protocol_min, self.protocol_max),
                 theirs: (theirs.protocol_min, theirs.protocol_max),
+            });
+        }
+        if self.encryption != theirs.encryption {
+            return Err(HelloError::Encryption {
+                ours: self.encryption,
+                theirs: theirs.encryption,
             });
         }
         Ok(newest)

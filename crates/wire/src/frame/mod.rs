@@ -28,7 +28,7 @@ mod tests;
 
 use bytes::{Bytes, BytesMut};
 
-pub use hello::{HelloError, LINK_HELLO_BYTES, LinkHello, ProtocolVersion};
+pub use hello::{HelloError, LINK_HELLO_BYTES, LinkHello, PLAIN_START, ProtocolVersion};
 
 use crate::{Message, PayloadArena};
 
@@ -217,6 +217,23 @@ impl Decoder {
         self.try_take(input).inspect_err(|error| {
             self.failed = Some(error.clone());
         })
+    }
+
+    /// Where the next bytes go, at most `max`, if at least `least` bytes of data are missing and nothing else is:
+    /// for a read straight from a socket. Follow with [`Self::placed`].
+    pub fn place(&mut self, least: usize, max: usize) -> Option<&mut [u8]> {
+        let head_len = self.header.as_ref().map(Header::head_len)?;
+        let direct = self.head.len() == head_len && self.data.missing() >= least.max(1);
+        direct.then(|| self.data.spare(max))
+    }
+
+    /// Counts bytes of [`Self::place`] as arrived. Returns the message that they completed.
+    ///
+    /// # Errors
+    /// As of [`Self::take`].
+    pub fn placed(&mut self, count: usize) -> Result<Option<Message>, FrameError> {
+        self.data.advance(count);
+        self.take(&mut &[][..])
     }
 
     /// How many more bytes complete the frame under way, as far as is known.

@@ -2,7 +2,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use relevo_types::{
     BlockRange, ByteRange, ClusterId, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Seq,
-    VolumeId,
+    VolumeId, cluster::Encryption,
 };
 
 use super::*;
@@ -51,11 +51,17 @@ fn golden_bytes() {
          000104\
          61626364"
     );
-    let hello = LinkHello::new(ClusterId([7; 16]), VolumeId(9));
+    let hello = LinkHello::new(ClusterId([7; 16]), VolumeId(9), Encryption::On);
     assert_eq!(
         hex(&hello.encode()),
         "52454c45564f444c010100000707070707070707070707070707070709000000996efcea"
     );
+    let hello = LinkHello::new(ClusterId([7; 16]), VolumeId(9), Encryption::Off);
+    assert_eq!(
+        hex(&hello.encode()),
+        "52454c45564f444c0101010007070707070707070707070707070707090000002d80e9b6"
+    );
+    assert_eq!(LinkHello::decode(&hello.encode()), Ok(hello));
 }
 
 #[test]
@@ -141,20 +147,71 @@ fn a_length_beyond_the_bound_is_refused_before_it_is_awaited() {
     assert!(decoder.take(&mut &ping[..]).is_err(), "an error is final");
 }
 
+/// In pieces, as the bytes of a socket come.
+#[test]
+fn data_can_be_read_in_place() {
+    let data: Vec<u8> = (0..9999u32)
+        .map(|n| u8::try_from(n % 251).unwrap())
+        .collect();
+    let message = Message::SyncWrite {
+        epoch: Epoch(1),
+        id: 1,
+        range: ByteRange::new(0, data.len() as u64),
+        body: Body::Data(data.into()),
+    };
+    let bytes = [bytes_of(&Message::Ping), bytes_of(&message)].concat();
+    let mut decoder = Decoder::new();
+    assert_eq!(decoder.place(1, 4096), None, "no frame is under way");
+    let mut input = &bytes[..100];
+    assert_eq!(decoder.take(&mut input), Ok(Some(Message::Ping)));
+    assert_eq!(decoder.take(&mut input), Ok(None));
+    let mut at = 100;
+    let last = loop {
+        assert_eq!(decoder.place(10_000, 4096), None, "too little is missing");
+        let place = decoder.place(1, 4096).unwrap();
+        let count = place.len().min(bytes.len() - at).div_ceil(2);
+        place[..count].copy_from_slice(&bytes[at..at + count]);
+        at += count;
+        if let Some(last) = decoder.placed(count).unwrap() {
+            break last;
+        }
+    };
+    assert_eq!((last, at), (message, bytes.len()));
+    let mut damaged = bytes_of(&write());
+    let end = damaged.len() - 1;
+    damaged[end] ^= 1;
+    assert_eq!(decoder.take(&mut &damaged[..end]), Ok(None));
+    decoder
+        .place(1, 1)
+        .unwrap()
+        .copy_from_slice(&damaged[end..]);
+    let part = "data";
+    assert_eq!(decoder.placed(1), Err(FrameError::Checksum { part }));
+}
+
 #[test]
 fn greetings_are_checked() {
-    let ours = LinkHello::new(ClusterId([1; 16]), VolumeId(1));
+    let ours = LinkHello::new(ClusterId([1; 16]), VolumeId(1), Encryption::On);
     assert_eq!(ours.agree(&ours), Ok(PROTOCOL_MAX));
-    let cluster = LinkHello::new(ClusterId([2; 16]), VolumeId(1));
+    let cluster = LinkHello::new(ClusterId([2; 16]), VolumeId(1), Encryption::On);
     assert!(matches!(
         ours.agree(&cluster),
         Err(HelloError::OtherCluster { .. })
     ));
-    let volume = LinkHello::new(ClusterId([1; 16]), VolumeId(2));
+    let volume = LinkHello::new(ClusterId([1; 16]), VolumeId(2), Encryption::On);
     assert!(matches!(
         ours.agree(&volume),
         Err(HelloError::OtherVolume { .. })
     ));
+    let plain = LinkHello {
+        encryption: Encryption::Off,
+        ..ours
+    };
+    assert_eq!(plain.agree(&plain), Ok(PROTOCOL_MAX));
+    for (one, other) in [(ours, plain), (plain, ours)] {
+        let refused = one.agree(&other).unwrap_err().to_string();
+        assert!(refused.contains("option `encryption`"), "{refused}");
+    }
     let newer = LinkHello {
         protocol_min: ProtocolVersion(PROTOCOL_MAX.0 + 1),
         protocol_max: ProtocolVersion(PROTOCOL_MAX.0 + 3),
@@ -418,7 +475,7 @@ proptest! {
 
     #[test]
     fn a_flipped_greeting_is_refused(at in 0usize..LINK_HELLO_BYTES, bit in 0u8..8) {
-        let mut bytes = LinkHello::new(ClusterId([3; 16]), VolumeId(5)).encode();
+        let mut bytes = LinkHello::new(ClusterId([3; 16]), VolumeId(5), Encryption::On).encode();
         bytes[at] ^= 1 << bit;
         prop_assert!(LinkHello::decode(&bytes).is_err());
     }

@@ -1,7 +1,7 @@
 //! Valid streams with damage in them, and garbage: nothing that was altered is ever accepted, nothing
 //! panics, and nobody makes a receiver keep more than one frame.
 
-use relevo_types::{ClusterId, VolumeId};
+use relevo_types::{ClusterId, VolumeId, cluster::Encryption};
 use relevo_wire::{
     Decoder, LinkHello, Message, encode,
     frame::{HEADER_BYTES, MAX_FRAME_BYTES},
@@ -162,7 +162,7 @@ fn garbage_and_damaged_greetings() {
         let (found, _) = receive(random, &garbage);
         assert!(found.is_empty());
 
-        let hello = LinkHello::new(ClusterId([3; 16]), VolumeId(5));
+        let hello = LinkHello::new(ClusterId([3; 16]), VolumeId(5), Encryption::On);
         let mut bytes = hello.encode().to_vec();
         if mutate(random, &mut bytes)
             && let Ok(bytes) = bytes.try_into()

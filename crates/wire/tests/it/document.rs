@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-use relevo_types::{BlockRange, ByteRange};
+use relevo_types::{BlockRange, ByteRange, cluster::Encryption};
 use relevo_wire::{
     Body, Decoder, FrameError, LinkHello, Message, Refusal, encode,
     frame::{HEADER_BYTES, MAX_BLOCK_RUNS, MAX_DATA_BYTES, MAX_DIGESTS, MAX_FIELD_BYTES, is_known},
@@ -450,11 +450,12 @@ fn greeting_header_and_bounds() {
     let greeting: [u8; 36] = examples[0].as_slice().try_into().unwrap();
     let hello = LinkHello::decode(&greeting).unwrap();
     assert_eq!(hello.encode(), greeting);
-    let meant: [(&str, Vec<u8>); 7] = [
+    let meant: [(&str, Vec<u8>); 8] = [
         ("magic", b"RELEVODL".to_vec()),
         ("protocol_min", vec![hello.protocol_min.0]),
         ("protocol_max", vec![hello.protocol_max.0]),
-        ("reserved", vec![0, 0]),
+        ("flags", vec![u8::from(hello.encryption == Encryption::Off)]),
+        ("reserved", vec![0]),
         ("cluster", hello.cluster.0.to_vec()),
         ("volume", hello.volume.0.to_le_bytes().to_vec()),
         (
@@ -462,6 +463,15 @@ fn greeting_header_and_bounds() {
             crc32c::crc32c(&greeting[..32]).to_le_bytes().to_vec(),
         ),
     ];
+    let plain: [u8; 36] = examples[1].as_slice().try_into().unwrap();
+    let encryption = Encryption::Off;
+    assert_eq!(
+        LinkHello::decode(&plain),
+        Ok(LinkHello {
+            encryption,
+            ..hello
+        })
+    );
     let written = split(rows, &greeting);
     assert_eq!(written.len(), meant.len());
     for ((field, bytes), (name, value)) in written.into_iter().zip(meant) {

@@ -80,3 +80,24 @@ fn only_the_data_port_is_blocked() {
         stage.cables.undo_drops(&victim);
     });
 }
+
+/// Each change makes the links anew: a member is missing for a moment, as after a cut cable.
+#[test]
+fn encryption_of_links_is_switched_under_load() {
+    let test = "encryption_of_links_is_switched_under_load";
+    Stage::play(&pair(test), |stage, _| {
+        for value in ["off", "on"] {
+            let primary = stage.primary();
+            let option = format!("encryption={value}");
+            stage.say(&primary, &["volume", "set", "mail", &option]);
+            stage.expect_answer(&primary, &["volume", "options", "mail"], &option);
+            stage.settle();
+            let victim = stage.secondary();
+            stage.cables.set(&victim, false);
+            stage.expect_out_of_sync(&victim);
+            stage.expect_progress();
+            stage.cables.set(&victim, true);
+            stage.settle();
+        }
+    });
+}
