@@ -291,6 +291,7 @@ impl Engine {
             out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
             sync_speeds: BTreeMap::new(),
+            sync_same: BTreeMap::new(),
             splits: BTreeMap::new(),
         }
     }

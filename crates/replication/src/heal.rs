@@ -138,6 +138,14 @@ impl Machine {
                 self.end_job(cx, id);
                 self.stop_verify(cx, peer, "a block can't be read here");
             }
+            // The primary gives it what it can't read, which writes it anew.
+            Some(Owner::CompareRead(reply, check)) => {
+                let blocks = self.jobs.table.get(&id).map(|job| job.blocks);
+                if let Some(blocks) = blocks {
+                    self.compare_read_done(cx, reply, check, blocks, None);
+                }
+                self.end_job(cx, id);
+            }
             _ => self.disk_error(error),
         }
     }

@@ -435,6 +435,9 @@ pub struct EngineStatus {
     /// On a primary: resyncs that copy, or would if they were not paused, and how many bytes a second they
     /// brought over the last three seconds: 0 when one stands still.
     pub sync_speeds: BTreeMap<NodeId, u64>,
+    /// On a primary: bytes that resyncs of these peers did not send, since they were the same there, from
+    /// the begin of the session on.
+    pub sync_same: BTreeMap<NodeId, u64>,
     /// Peers whose history forked from this node's, both with changes.
     pub splits: BTreeMap<NodeId, SplitBrain>,
 }

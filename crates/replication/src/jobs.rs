@@ -39,6 +39,8 @@ pub(crate) enum Owner {
     VerifyRead(NodeId),
     /// Content for an answer to digests.
     DigestRead(Reply, u64),
+    /// Content to compare with in a resync.
+    CompareRead(Reply, u64),
     /// Content for a primary whose disk can't read it.
     PeerRead(Reply, u64),
     /// Content for the reconciliation of a promotion, by its attempt.
@@ -281,7 +283,7 @@ impl Machine {
             }
             // Sent before the gate opens: a write to the same blocks must come after it.
             Owner::SyncRead(peer) => {
-                self.sync_read_done(cx, peer, blocks, data.unwrap_or_default());
+                self.sync_read_done(cx, peer, blocks, &data.unwrap_or_default());
                 self.end_job(cx, id);
             }
             Owner::VerifyRead(peer) => {
@@ -293,6 +295,11 @@ impl Machine {
             }
             Owner::DigestRead(reply, check) => {
                 self.digest_read_done(cx, reply, check, &data.unwrap_or_default());
+                self.end_job(cx, id);
+            }
+            Owner::CompareRead(reply, check) => {
+                let data = data.unwrap_or_default();
+                self.compare_read_done(cx, reply, check, blocks, Some(&data));
                 self.end_job(cx, id);
             }
             Owner::PeerRead(reply, number) => {

@@ -58,6 +58,8 @@ pub enum PlantedBug {
     MergeInSilence,
     /// What only the loser has is not saved before it is overwritten (rule 9).
     OverwriteWithoutSaving,
+    /// What a resync compared counts as the same although it is not (rule 5).
+    DifferingCountsAsSame,
     /// What verification found is marked while the replica is still a member (rule 4).
     RepairWithoutLeave,
 }

@@ -284,6 +284,13 @@ impl Machine {
                 first,
                 digests,
             } => self.digests_arrived(cx, peer, epoch, id, first, digests),
+            Message::SyncDigests {
+                epoch,
+                id,
+                first,
+                digests,
+            } => self.sync_digests_arrived(cx, peer, epoch, id, first, digests),
+            Message::SyncDiffer { id, blocks, .. } => self.sync_compared(cx, peer, id, &blocks),
             Message::ReadBlocks { epoch, id, blocks } => {
                 self.read_asked(cx, peer, epoch, id, blocks);
             }
@@ -344,13 +351,15 @@ impl Machine {
                     .then_some(())
                     .ok_or("a slot or block out of range")
             }
-            Message::Digests { first, digests, .. } => self
+            Message::Digests { first, digests, .. }
+            | Message::SyncDigests { first, digests, .. } => self
                 .is_inside(relevo_types::BlockRange::new(*first, digests.len() as u64))
                 .then_some(())
                 .ok_or("a block outside the volume"),
             Message::Uncertain { blocks, .. }
             | Message::Tail { blocks, .. }
-            | Message::Differ { blocks, .. } => blocks
+            | Message::Differ { blocks, .. }
+            | Message::SyncDiffer { blocks, .. } => blocks
                 .iter()
                 .all(|run| self.is_inside(*run))
                 .then_some(())

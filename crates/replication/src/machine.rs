@@ -429,7 +429,7 @@ pub(crate) fn body_of(data: Bytes) -> Body {
 }
 
 /// Whether all bytes are zero.
-fn is_zero(data: &Bytes) -> bool {
+pub(crate) fn is_zero(data: &[u8]) -> bool {
     // By words: the compiler turns this into wide compares.
     let (head, words, tail) = (data.chunks_exact(16), data.len() / 16 * 16, data);
     head.map(|chunk| chunk.iter().fold(0, |all, byte| all | byte))

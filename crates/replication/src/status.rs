@@ -25,6 +25,7 @@ impl Machine {
             out_of_sync: self.verification.found.clone(),
             behind: self.behind(),
             sync_speeds: self.sync_speeds(),
+            sync_same: self.sync_same(),
             splits: self.lineages.splits.clone(),
         }
     }
@@ -35,6 +36,14 @@ impl Machine {
         let sessions = links.filter_map(|(peer, link)| Some((*peer, link.session.as_ref()?)));
         let copying = sessions.filter(|(_, session)| session.stage == Stage::Copying);
         copying.map(|(peer, it)| (peer, it.speed)).collect()
+    }
+
+    /// Bytes that resyncs compared and did not send.
+    fn sync_same(&self) -> BTreeMap<NodeId, u64> {
+        let links = self.links.iter();
+        let sessions = links.filter_map(|(peer, link)| Some((*peer, link.session.as_ref()?)));
+        let same = sessions.map(|(peer, session)| (peer, session.comparing.same_bytes));
+        same.filter(|(_, bytes)| *bytes > 0).collect()
     }
 
     fn disk_state(&self) -> DiskState {

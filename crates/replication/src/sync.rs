@@ -1,18 +1,21 @@
 //! The primary's side of a session with a peer: resync of what is dirty, the barrier at its end,
 //! and the way into the in-sync set.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use relevo_types::{BlockRange, Epoch, NodeId, ReplicaSlot, Seq, Time};
-use relevo_wire::Message;
+use relevo_types::{
+    BLOCK_SIZE, BlockRange, Epoch, NodeId, ReplicaSlot, Seq, Time, cluster::options::Csums,
+};
+use relevo_wire::{Body, Message};
 
 use crate::{
     bitmap::Blocks,
+    compare::{Comparing, Means},
     jobs::Owner,
     lab::PlantedBug,
     link::Walk,
-    machine::{Machine, body_of, mask, slots_of},
+    machine::{Machine, body_of, is_zero, mask, slots_of},
     meter::Meter,
     ops::Cx,
     secondary::RUNS_PER_MESSAGE,
@@ -21,6 +24,15 @@ use crate::{
 /// Blocks of one resync write: 128 KiB, a good size for disks, small enough not to delay
 /// application writes to the same blocks.
 pub(crate) const CHUNK_BLOCKS: u64 = 32;
+
+/// Blocks that are read at once where the last ones were all zero: 1 MiB. Zeroes come in long runs, and one
+/// frame and one operation of the target's disk do for each. Also what an application's write waits for at
+/// most.
+const ZERO_CHUNK_BLOCKS: u64 = 256;
+
+/// Fewer zero blocks than these between data travel with it: each piece costs a frame and an operation of
+/// the target's disk.
+const ZEROES_MIN: u64 = 4;
 
 /// Resync writes under way to one peer at most, however short they are: they share the gate with
 /// the application's I/O and must leave it room.
@@ -35,10 +47,13 @@ pub(crate) struct Session {
     pub(crate) began: Time,
     /// Where the search for dirty blocks goes on.
     cursor: u64,
-    /// Being read or sent.
-    busy: Blocks,
-    reads: BTreeSet<BlockRange>,
+    /// Being read, sent or compared.
+    pub(crate) busy: Blocks,
+    pub(crate) reads: BTreeMap<BlockRange, Means>,
     sent: BTreeMap<u64, BlockRange>,
+    pub(crate) comparing: Comparing,
+    /// Blocks that the next read has at most.
+    reach: u64,
     /// The complete position that the peer was told last.
     pub(crate) told_complete: Seq,
     /// Bytes of writes that were sent and not acknowledged ([`crate::primary::Write::weight`]).
@@ -89,8 +104,10 @@ impl Session {
             began,
             cursor: 0,
             busy: Blocks::default(),
-            reads: BTreeSet::new(),
+            reads: BTreeMap::new(),
             sent: BTreeMap::new(),
+            comparing: Comparing::default(),
+            reach: CHUNK_BLOCKS,
             told_complete: Seq(0),
             owed_bytes: 0,
             behind_since: None,
@@ -118,11 +135,11 @@ impl Session {
             self.stage,
             Stage::Starting | Stage::Barrier(_) | Stage::Settling(_) | Stage::Ahead(_)
         );
-        waits || !self.sent.is_empty()
+        waits || !self.sent.is_empty() || self.comparing.owes()
     }
 
     fn is_idle(&self) -> bool {
-        self.reads.is_empty() && self.sent.is_empty()
+        self.reads.is_empty() && self.sent.is_empty() && self.comparing.is_idle()
     }
 
     /// What was being copied is no longer: it stays dirty. From now on the stage is another one.
@@ -134,14 +151,46 @@ impl Session {
         self.busy = Blocks::default();
         self.reads.clear();
         self.sent.clear();
+        self.comparing.forget();
+        self.reach = CHUNK_BLOCKS;
         self.owed_bytes = 0;
+    }
+
+    /// The target has so many bytes more.
+    pub(crate) fn copied(&mut self, now: Time, bytes: u64) {
+        self.meter.add(now, bytes);
+        self.look_at_speed(now);
+    }
+
+    /// What to read next, and why, if more may be under way.
+    fn next_piece(
+        &mut self,
+        dirty: &Blocks,
+        window: u64,
+        csums: Csums,
+    ) -> Option<(BlockRange, Means)> {
+        let pieces = self.reads.len() + self.sent.len() + self.comparing.asked();
+        if self.stage != Stage::Copying || pieces >= CHUNKS_MAX {
+            return None;
+        }
+        if let Some(run) = self.comparing.take_differing() {
+            return Some((run, Means::Copy));
+        }
+        let under_way = self.busy.count() * BLOCK_SIZE;
+        if under_way >= window && under_way > 0 {
+            return None;
+        }
+        let means = self.next_means(csums)?;
+        let chunk = self.next_chunk(dirty)?;
+        self.busy.set(chunk, |_| {});
+        Some((chunk, means))
     }
 
     /// The next dirty run that is not under way.
     fn next_chunk(&mut self, dirty: &Blocks) -> Option<BlockRange> {
         let mut wrapped = self.cursor == 0;
         loop {
-            let Some(run) = dirty.next_run(self.cursor, CHUNK_BLOCKS) else {
+            let Some(run) = dirty.next_run(self.cursor, self.reach) else {
                 if wrapped {
                     return None;
                 }
@@ -149,7 +198,7 @@ impl Session {
                 self.cursor = 0;
                 continue;
             };
-            match self.busy.next_run(run.first, CHUNK_BLOCKS) {
+            match self.busy.next_run(run.first, run.count) {
                 Some(busy) if busy.first == run.first => self.cursor = busy.end(),
                 Some(busy) if busy.first < run.end() => {
                     self.cursor = busy.end();
@@ -246,10 +295,8 @@ impl Machine {
         let Some(slot) = self.slot(peer) else {
             return;
         };
-        if self.is_sync_paused(peer) {
-            return;
-        }
-        let window = self.config.resync_window;
+        let paused = self.is_sync_paused(peer);
+        let (window, csums) = (self.config.resync_window, self.csums());
         loop {
             let dirty = self.meta.bitmaps.of(slot);
             let Some(session) = self
@@ -259,18 +306,18 @@ impl Machine {
             else {
                 return;
             };
-            let under_way = session.busy.count() * relevo_types::BLOCK_SIZE;
-            let chunks = session.reads.len() + session.sent.len();
-            let full = chunks >= CHUNKS_MAX || (under_way >= window && under_way > 0);
-            if session.stage != Stage::Copying || full {
+            if paused {
+                // They stay dirty.
+                for run in session.comparing.drop_differing() {
+                    session.busy.clear(run, |_| {});
+                }
                 return;
             }
-            let Some(chunk) = session.next_chunk(dirty) else {
+            let Some((blocks, means)) = session.next_piece(dirty, window, csums) else {
                 return;
             };
-            session.busy.set(chunk, |_| {});
-            session.reads.insert(chunk);
-            self.read_blocks(cx, chunk, Owner::SyncRead(peer));
+            session.reads.insert(blocks, means);
+            self.read_blocks(cx, blocks, Owner::SyncRead(peer));
         }
     }
 
@@ -279,26 +326,56 @@ impl Machine {
         cx: &mut Cx<'_>,
         peer: NodeId,
         blocks: BlockRange,
-        data: Bytes,
+        data: &Bytes,
     ) {
-        let id = self.next_id();
+        let window = self.config.resync_window;
         let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
             return;
         };
         let Some(session) = self.session_mut(peer) else {
             return;
         };
-        if !session.reads.remove(&blocks) {
+        let Some(means) = session.reads.remove(&blocks) else {
             return;
-        }
-        session.sent.insert(id, blocks);
+        };
+        let pieces = pieces(blocks, data);
+        let empty = matches!(pieces[..], [(_, Body::Zeroes)]);
+        session.reach = if empty {
+            let most = ZERO_CHUNK_BLOCKS.min(window / BLOCK_SIZE / 4);
+            (blocks.count * 2).clamp(CHUNK_BLOCKS, most.max(CHUNK_BLOCKS))
+        } else {
+            CHUNK_BLOCKS
+        };
         if self.lab.has(PlantedBug::ClearDirtyWithoutAck)
             && let Some(slot) = self.slot(peer)
         {
             self.meta.bitmaps.clear(slot, blocks);
         }
         self.tell_in_doubt(cx, peer, blocks);
-        let body = body_of(data);
+        for (blocks, body) in pieces {
+            match body {
+                // Zeroes are shorter than their digests.
+                Body::Data(data) if means == Means::Compare => {
+                    self.compare(cx, peer, epoch, blocks, &data);
+                }
+                body => self.send_copy(cx, peer, epoch, blocks, body),
+            }
+        }
+    }
+
+    fn send_copy(
+        &mut self,
+        cx: &mut Cx<'_>,
+        peer: NodeId,
+        epoch: Epoch,
+        blocks: BlockRange,
+        body: Body,
+    ) {
+        let id = self.next_id();
+        let Some(session) = self.session_mut(peer) else {
+            return;
+        };
+        session.sent.insert(id, blocks);
         let range = blocks.bytes();
         self.send(
             cx,
@@ -318,8 +395,7 @@ impl Machine {
         };
         if let Some(blocks) = session.sent.remove(&id) {
             session.busy.clear(blocks, |_| {});
-            session.meter.add(cx.now, blocks.bytes().len);
-            session.look_at_speed(cx.now);
+            session.copied(cx.now, blocks.bytes().len);
             self.copied_there(cx, peer, blocks);
         }
     }
@@ -459,5 +535,99 @@ impl Machine {
             self.meta.bitmaps.set(slot, blocks);
         }
         oldest
+    }
+}
+
+/// What was read of a run, in the pieces in which it travels: runs of zeroes as such, so that they take no
+/// room at the target either, and data in writes of a bounded size.
+fn pieces(blocks: BlockRange, data: &Bytes) -> Vec<(BlockRange, Body)> {
+    let block = usize::try_from(BLOCK_SIZE).unwrap_or(usize::MAX);
+    let mut runs: Vec<(BlockRange, bool)> = Vec::new();
+    for (number, content) in blocks.iter().zip(data.chunks(block)) {
+        let zero = is_zero(content);
+        match runs.last_mut() {
+            Some((run, same)) if *same == zero => run.count += 1,
+            _ => runs.push((BlockRange::new(number, 1), zero)),
+        }
+    }
+    let single = runs.len() == 1;
+    let mut pieces: Vec<(BlockRange, Body)> = Vec::new();
+    let slice = |run: BlockRange| {
+        let range = run.bytes();
+        let from = usize::try_from(range.offset - blocks.bytes().offset).unwrap_or(usize::MAX);
+        let len = usize::try_from(range.len).unwrap_or(usize::MAX);
+        Body::Data(data.slice(from..from + len))
+    };
+    let mut rest: Option<BlockRange> = None;
+    for (run, zero) in runs {
+        if zero && (single || run.count >= ZEROES_MIN) {
+            pieces.extend(cut(rest.take()).map(|run| (run, slice(run))));
+            pieces.push((run, Body::Zeroes));
+        } else if let Some(rest) = &mut rest {
+            rest.count += run.count;
+        } else {
+            rest = Some(run);
+        }
+    }
+    pieces.extend(cut(rest).map(|run| (run, slice(run))));
+    pieces
+}
+
+/// A run in pieces of the size of a resync write.
+fn cut(run: Option<BlockRange>) -> impl Iterator<Item = BlockRange> {
+    let (mut at, end) = run.map_or((0, 0), |run| (run.first, run.end()));
+    std::iter::from_fn(move || {
+        let count = CHUNK_BLOCKS.min(end - at);
+        let piece = BlockRange::new(at, count);
+        at += count;
+        (count > 0).then_some(piece)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Content of blocks of which these are not zero.
+    fn content(count: u64, used: &[u64]) -> Bytes {
+        let block = usize::try_from(BLOCK_SIZE).unwrap();
+        let used = |number| u8::from(used.contains(&number));
+        let blocks = (0..count).flat_map(|number| vec![used(number); block]);
+        blocks.collect::<Vec<u8>>().into()
+    }
+
+    fn split(count: u64, used: &[u64]) -> Vec<(u64, u64, bool)> {
+        let data = content(count, used);
+        let pieces = pieces(BlockRange::new(100, count), &data);
+        for (run, body) in &pieces {
+            if let Body::Data(bytes) = body {
+                let from = usize::try_from((run.first - 100) * BLOCK_SIZE).unwrap();
+                assert_eq!(bytes[..], data[from..from + bytes.len()]);
+                assert_eq!(bytes.len() as u64, run.bytes().len);
+            }
+        }
+        let brief = |(run, body): (BlockRange, Body)| {
+            (run.first - 100, run.count, matches!(body, Body::Zeroes))
+        };
+        pieces.into_iter().map(brief).collect()
+    }
+
+    #[test]
+    fn zeroes_travel_in_one_piece_and_data_in_bounded_ones() {
+        assert_eq!(split(256, &[]), [(0, 256, true)]);
+        assert_eq!(split(1, &[]), [(0, 1, true)]);
+        let all: Vec<u64> = (0..70).collect();
+        assert_eq!(
+            split(70, &all),
+            [(0, 32, false), (32, 32, false), (64, 6, false)]
+        );
+        let ends = [(0, 1, false), (1, 30, true), (31, 1, false)];
+        assert_eq!(split(32, &[0, 31]), ends);
+        let few = "three zero blocks stay with the data around them";
+        assert_eq!(split(8, &[0, 4, 5, 6]), [(0, 8, false)], "{few}");
+        assert_eq!(
+            split(9, &[3, 8]),
+            [(0, 4, false), (4, 4, true), (8, 1, false)]
+        );
     }
 }

@@ -403,13 +403,32 @@ impl Machine {
         }
         let reply = self.reply_to(peer, epoch);
         let blocks = BlockRange::new(first, digests.len() as u64);
+        if self.hold_check(cx, reply, id, first, digests) {
+            self.read_blocks(cx, blocks, Owner::DigestRead(reply, id));
+        }
+    }
+
+    /// Keeps digests of the primary's until this replica's blocks are read. False: there are too many.
+    pub(crate) fn hold_check(
+        &mut self,
+        cx: &mut Cx<'_>,
+        reply: Reply,
+        id: u64,
+        first: u64,
+        digests: Vec<BlockDigest>,
+    ) -> bool {
         let checks = &mut self.verification.checks;
         checks.insert((reply.link, id), (first, digests));
-        if checks.len() > CHECKS_MAX {
-            self.protocol_error(cx, peer, "too many digests are under way");
-            return;
+        let held = checks.len() <= CHECKS_MAX;
+        if !held {
+            self.protocol_error(cx, reply.peer, "too many digests are under way");
         }
-        self.read_blocks(cx, blocks, Owner::DigestRead(reply, id));
+        held
+    }
+
+    /// Digests that were kept, unless their link is gone.
+    pub(crate) fn take_check(&mut self, reply: Reply, id: u64) -> Option<(u64, Vec<BlockDigest>)> {
+        self.verification.checks.remove(&(reply.link, id))
     }
 
     pub(crate) fn digest_read_done(
@@ -419,8 +438,7 @@ impl Machine {
         id: u64,
         data: &Bytes,
     ) {
-        let check = self.verification.checks.remove(&(reply.link, id));
-        let Some((first, theirs)) = check else {
+        let Some((first, theirs)) = self.take_check(reply, id) else {
             return;
         };
         let blocks = differing(first, &theirs, &digests(data));

@@ -128,6 +128,17 @@ pub enum Message {
         /// A digest of it and of each block that follows; at least one.
         digests: Vec<BlockDigest>,
     },
+    /// The same in a resync, of blocks that the receiver may lack. Answered by [`Message::SyncDiffer`].
+    SyncDigests {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// Echoed in the answer.
+        id: u64,
+        /// The first block.
+        first: u64,
+        /// A digest of it and of each block that follows; at least one.
+        digests: Vec<BlockDigest>,
+    },
     /// The primary's disk refuses to read these blocks: the receiver, a member of the in-sync set,
     /// shall. Answered by [`Message::Content`].
     ReadBlocks {
@@ -191,6 +202,15 @@ pub enum Message {
         /// Echo.
         id: u64,
         /// The blocks whose digests differ at the sender.
+        blocks: Vec<BlockRange>,
+    },
+    /// Answer to [`Message::SyncDigests`].
+    SyncDiffer {
+        /// Echo.
+        epoch: Epoch,
+        /// Echo.
+        id: u64,
+        /// The blocks that the sender must be given. The others it has as the primary has them.
         blocks: Vec<BlockRange>,
     },
     /// Answer to [`Message::ReadBlocks`].

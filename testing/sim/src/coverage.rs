@@ -65,6 +65,8 @@ pub const ALL: &[&str] = &[
     "unaligned read",
     "write waited for the commit of a leave",
     "zeroes written",
+    "resync: blocks were the same",
+    "resync: blocks differed",
     "protocol A: pulled ahead of a replica",
     "protocol A: one that was left behind has caught up",
     "protocol A: congestion blocked the application",

@@ -9,7 +9,7 @@ use relevo_types::{
     Sensitivity,
     cluster::{
         Congestion, OnCongestion, Protocol,
-        options::{DiskTimeout, OnIoError, OnLoss},
+        options::{Csums, DiskTimeout, OnIoError, OnLoss},
     },
 };
 
@@ -36,6 +36,10 @@ impl Planted {
         (PlantedBug::FlushForgetsReceived, "flush-forgets-received"),
         (PlantedBug::ReceiptSettles, "receipt-settles"),
         (PlantedBug::JoinWhilePaused, "join-while-paused"),
+        (
+            PlantedBug::DifferingCountsAsSame,
+            "differing-counts-as-same",
+        ),
         (PlantedBug::VerifyOutsideGate, "verify-outside-gate"),
         (PlantedBug::RepairWithoutLeave, "repair-without-leave"),
         (PlantedBug::HealFromAnybody, "heal-from-anybody"),
@@ -224,6 +228,8 @@ pub struct Scenario {
     pub on_no_quorum: OnLoss,
     /// What becomes of reads that nobody can serve, and how long a disk may hang.
     pub disk_trouble: (OnIoError, DiskTimeout),
+    /// Whether resyncs compare before they copy.
+    pub csums: Csums,
     /// Replicas of protocol A are far away: each write to them takes the line this long, in
     /// microseconds. 0: they are not.
     pub far_us: u64,
@@ -303,6 +309,7 @@ impl Scenario {
             protocols,
             congestion,
             on_no_quorum: no_quorum(seed),
+            csums: Rng::new(seed, 11).pick(&[Csums::Auto, Csums::Yes, Csums::No]),
             disk_trouble: disk_trouble(seed),
             far_us,
         }

@@ -219,6 +219,9 @@ impl Page {
         }
         if let Some(speed) = replica.sync_bytes_per_s {
             words.push(format!("at {}/s", format_size(speed)));
+            if let Some(same) = replica.sync_same_bytes {
+                words.push(format!("{} were the same", format_size(same)));
+            }
         }
         if let Some(left) = replica.sync_left_s {
             let left = super::duration_words(left.saturating_mul(1000));

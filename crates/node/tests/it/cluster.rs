@@ -445,6 +445,7 @@ impl Cluster {
             out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
             sync_speeds: BTreeMap::new(),
+            sync_same: BTreeMap::new(),
             splits: BTreeMap::new(),
         });
         if status.disk == DiskState::Failed {

@@ -7,4 +7,5 @@ mod cluster;
 mod daemons;
 mod demo;
 mod metadata;
+mod resync;
 mod tidy;

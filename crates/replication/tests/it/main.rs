@@ -1,6 +1,7 @@
 //! Engines against each other: an instant network, disks in memory, the real control state.
 
 mod allocations;
+mod compare;
 mod disk;
 mod heal;
 mod knowledge;

@@ -53,7 +53,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(31) {
+    match random.below(33) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -154,6 +154,17 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
         29 => Message::Changes {
             blocks: number(random),
             consistent: random.one_in(2),
+        },
+        30 => Message::SyncDigests {
+            epoch,
+            id,
+            first: random.next() % 1030,
+            digests: vec![relevo_wire::BlockDigest([7; 32]); random.below(70)],
+        },
+        31 => Message::SyncDiffer {
+            epoch,
+            id,
+            blocks: runs(random),
         },
         _ if random.one_in(2) => Message::Pong,
         _ => Message::Ping,

@@ -107,6 +107,10 @@ pub(crate) struct World {
     pub(crate) copied: u64,
     /// Bytes of data in them: zeroes are none.
     pub(crate) copied_bytes: u64,
+    /// Frames that took.
+    pub(crate) copies: u64,
+    /// Blocks whose digests were sent by resyncs.
+    pub(crate) compared: u64,
 }
 
 fn spec(name: &str) -> NodeSpec {
@@ -240,6 +244,8 @@ impl World {
             trace: Vec::new(),
             copied: 0,
             copied_bytes: 0,
+            copies: 0,
+            compared: 0,
             control,
         };
         for (node, replica) in world.volume().replicas.clone() {
@@ -399,10 +405,14 @@ impl World {
             Effect::Disk(op) => self.node(id).ops.push(op),
             Effect::Send { peer, message } => {
                 if let Message::SyncWrite { range, body, .. } = &message {
+                    self.copies += 1;
                     self.copied += range.len / BLOCK as u64;
                     if let Body::Data(data) = body {
                         self.copied_bytes += data.len() as u64;
                     }
+                }
+                if let Message::SyncDigests { digests, .. } = &message {
+                    self.compared += digests.len() as u64;
                 }
                 if self.up.contains(&(id, peer)) && !self.silent.contains(&(id, peer)) {
                     self.wire(id, peer).push_back(Packet::Message(message));

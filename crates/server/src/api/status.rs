@@ -226,6 +226,10 @@ pub struct ReplicaStatus {
     /// How fast its resync went over the last three seconds, in bytes a second; 0: it stands still.
     #[serde(default)]
     pub sync_bytes_per_s: Option<u64>,
+    /// Bytes that its last resync, since it was connected, compared by checksum and did not send, since they
+    /// were the same.
+    #[serde(default)]
+    pub sync_same_bytes: Option<u64>,
     /// How long the rest takes at that speed, in seconds; `None` also when it stands still.
     #[serde(default)]
     pub sync_left_s: Option<u64>,

@@ -727,6 +727,7 @@ pub(super) fn no_status() -> EngineStatus {
         out_of_sync: BTreeMap::new(),
         behind: BTreeMap::new(),
         sync_speeds: BTreeMap::new(),
+        sync_same: BTreeMap::new(),
         splits: BTreeMap::new(),
     }
 }

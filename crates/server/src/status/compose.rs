@@ -331,6 +331,7 @@ impl Sources<'_> {
                 .unwrap_or_default(),
             sync_percent: percent,
             sync_bytes_per_s: speed,
+            sync_same_bytes: told.and_then(|peer| peer.sync_same_bytes),
             sync_left_s: dirty.zip(speed).and_then(|(blocks, speed)| {
                 // Nothing is known of one that stands still.
                 let bytes = blocks.saturating_mul(BLOCK_SIZE);

@@ -79,6 +79,9 @@ pub(crate) struct LocalPeer {
     /// Bytes a second of its resync, while one is under way.
     #[serde(default)]
     pub(crate) sync_bytes_per_s: Option<u64>,
+    /// Bytes that its resync compared and did not send, since they were the same there.
+    #[serde(default)]
+    pub(crate) sync_same_bytes: Option<u64>,
     /// A replica of protocol A, told by its primary: bytes that it may lack, and for how long it does.
     #[serde(default)]
     pub(crate) behind: Option<(u64, u64)>,
@@ -141,6 +144,7 @@ impl LocalSource {
                             dirty_blocks: dirty_blocks(*state),
                             dirty_at_first: live.progress.get(node).copied(),
                             sync_bytes_per_s: status.engine.sync_speeds.get(node).copied(),
+                            sync_same_bytes: status.engine.sync_same.get(node).copied(),
                             out_of_sync: status
                                 .engine
                                 .out_of_sync

@@ -157,6 +157,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         dirty_blocks: dirty.map(|(left, _)| left),
         dirty_at_first: dirty.map(|(_, all)| all),
         sync_bytes_per_s: dirty.map(|_| 4096),
+        sync_same_bytes: dirty.map(|_| 8192),
         behind: None,
         out_of_sync: Vec::new(),
     };
@@ -306,6 +307,7 @@ fn a_resync_shows_its_progress() {
         (beta.sync_bytes_per_s, beta.sync_left_s),
         (Some(4096), Some(30))
     );
+    assert_eq!(beta.sync_same_bytes, Some(8192));
     let (health, problems) = judge(&status);
     assert_eq!(health, Health::Degraded);
     assert_eq!(

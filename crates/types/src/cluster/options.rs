@@ -29,6 +29,9 @@ pub struct VolumeOptions {
     /// When a disk that does not answer counts as failed.
     #[serde(default)]
     pub disk_timeout: DiskTimeout,
+    /// Whether a resync compares digests of blocks before it copies them.
+    #[serde(default)]
+    pub csums: Csums,
     /// Which side gives way when two histories of the volume meet and both have changes of their own.
     #[serde(default)]
     pub after_split_brain: AfterSplitBrain,
@@ -82,6 +85,18 @@ impl Default for DiskTimeout {
     fn default() -> Self {
         Self { seconds: Some(30) }
     }
+}
+
+/// `csums`: whether a resync sends digests first, and then only the blocks that differ.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Csums {
+    /// As long as at least one block in eight turns out to be the same.
+    #[default]
+    Auto,
+    /// Always.
+    Yes,
+    /// Never.
+    No,
 }
 
 /// `after-split-brain`
@@ -305,6 +320,27 @@ const TABLE: &[Entry] = &[
             options.verify_every_s = match value {
                 "no" => None,
                 value => Some(parse_seconds(value, 60, 86_400_000)?),
+            };
+            Some(())
+        },
+    },
+    Entry {
+        key: "csums",
+        allowed: "auto, yes or no: whether a resync sends digests of blocks first, and then only the blocks that differ; auto as long as one in eight is the same",
+        show: |options, _| {
+            match options.csums {
+                Csums::Auto => "auto",
+                Csums::Yes => "yes",
+                Csums::No => "no",
+            }
+            .to_owned()
+        },
+        set: |options, _, value| {
+            options.csums = match value {
+                "auto" => Csums::Auto,
+                "yes" => Csums::Yes,
+                "no" => Csums::No,
+                _ => return None,
             };
             Some(())
         },
@@ -548,6 +584,7 @@ mod tests {
         options.set(&state, no_data, "suspend-io").unwrap();
         options.set(&state, "disk-timeout", "2min").unwrap();
         assert_eq!(options.disk_timeout.seconds, Some(120));
+        options.set(&state, "csums", "yes").unwrap();
         let policy = ("after-split-brain", "discard-least-changes");
         options.set(&state, policy.0, policy.1).unwrap();
         let mut again = VolumeOptions::default();

@@ -38,6 +38,8 @@ mod kind {
     pub(super) const READ_BLOCKS: u8 = 50;
     pub(super) const CONTENT: u8 = 51;
     pub(super) const CHANGES: u8 = 44;
+    pub(super) const SYNC_DIGESTS: u8 = 40;
+    pub(super) const SYNC_DIFFER: u8 = 41;
 }
 
 const BODY_DATA: u8 = 0;
@@ -162,15 +164,27 @@ pub(super) fn write_fields(
             first,
             digests,
         } => {
-            put_pair(out, kind::DIGESTS, *epoch, *id);
-            out.put_u64_le(*first);
-            put_digests(out, digests)?;
+            put_comparison(out, *epoch, *id, *first, digests)?;
             kind::DIGESTS
+        }
+        Message::SyncDigests {
+            epoch,
+            id,
+            first,
+            digests,
+        } => {
+            put_comparison(out, *epoch, *id, *first, digests)?;
+            kind::SYNC_DIGESTS
         }
         Message::Differ { epoch, id, blocks } => {
             put_pair(out, kind::DIFFER, *epoch, *id);
             put_blocks(out, blocks)?;
             kind::DIFFER
+        }
+        Message::SyncDiffer { epoch, id, blocks } => {
+            put_pair(out, kind::SYNC_DIFFER, *epoch, *id);
+            put_blocks(out, blocks)?;
+            kind::SYNC_DIFFER
         }
         Message::Verifying { epoch, active } => {
             out.put_u64_le(epoch.0);
@@ -250,6 +264,19 @@ fn put_blocks(out: &mut BytesMut, blocks: &[BlockRange]) -> Result<(), FrameErro
         out.put_u64_le(run.count);
     }
     Ok(())
+}
+
+fn put_comparison(
+    out: &mut BytesMut,
+    epoch: Epoch,
+    id: u64,
+    first: u64,
+    digests: &[BlockDigest],
+) -> Result<(), FrameError> {
+    out.put_u64_le(epoch.0);
+    out.put_u64_le(id);
+    out.put_u64_le(first);
+    put_digests(out, digests)
 }
 
 fn put_digests(out: &mut BytesMut, digests: &[BlockDigest]) -> Result<(), FrameError> {
@@ -390,6 +417,12 @@ fn read_message(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameEr
             first: fields.u64()?,
             digests: fields.digests()?,
         },
+        kind::SYNC_DIGESTS => Message::SyncDigests {
+            epoch: fields.epoch()?,
+            id: fields.u64()?,
+            first: fields.u64()?,
+            digests: fields.digests()?,
+        },
         kind::READ_BLOCKS => Message::ReadBlocks {
             epoch: fields.epoch()?,
             id: fields.u64()?,
@@ -450,6 +483,11 @@ fn read_answer(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameErr
         }
         kind::REFUSE => Message::Refuse(fields.refusal()?),
         kind::DIFFER => Message::Differ {
+            epoch: fields.epoch()?,
+            id: fields.u64()?,
+            blocks: fields.blocks()?,
+        },
+        kind::SYNC_DIFFER => Message::SyncDiffer {
             epoch: fields.epoch()?,
             id: fields.u64()?,
             blocks: fields.blocks()?,

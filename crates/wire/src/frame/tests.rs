@@ -374,6 +374,22 @@ fn message() -> impl Strategy<Value = Message> {
             id,
             blocks
         }),
+        (
+            pair(),
+            any::<u64>(),
+            prop::collection::vec(any::<[u8; BlockDigest::BYTES]>(), 0..9)
+        )
+            .prop_map(|((epoch, id), first, digests)| Message::SyncDigests {
+                epoch: Epoch(epoch),
+                id,
+                first,
+                digests: digests.into_iter().map(BlockDigest).collect(),
+            }),
+        (pair(), blocks()).prop_map(|((epoch, id), blocks)| Message::SyncDiffer {
+            epoch: Epoch(epoch),
+            id,
+            blocks
+        }),
         (pair(), 0..1u64 << 40, 0..1u64 << 20).prop_map(|((epoch, id), first, count)| {
             Message::ReadBlocks {
                 epoch: Epoch(epoch),

@@ -2,15 +2,21 @@
 
 use bytes::Bytes;
 use relevo_types::{BlockRange, ByteRange, Epoch, Instance, LineageId, NodeId, ReplicaSlot, Seq};
-use relevo_wire::{Body, Message, PeerInfo, Refusal};
+use relevo_wire::{BlockDigest, Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 30;
+pub(crate) const KINDS: usize = 32;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
         .map(|_| BlockRange::new(random.number() >> 20, 1 + random.number() % 9000))
+        .collect()
+}
+
+fn digests(random: &mut Random) -> Vec<BlockDigest> {
+    (0..random.below(40))
+        .map(|_| BlockDigest([random.byte(); 32]))
         .collect()
 }
 
@@ -123,9 +129,7 @@ pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
             epoch,
             id,
             first: random.tricky(),
-            digests: (0..random.below(40))
-                .map(|_| relevo_wire::BlockDigest([random.byte(); 32]))
-                .collect(),
+            digests: digests(random),
         },
         19 => Message::Differ {
             epoch,
@@ -161,6 +165,17 @@ pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
         28 => Message::Changes {
             blocks: random.tricky(),
             consistent: random.one_in(2),
+        },
+        29 => Message::SyncDigests {
+            epoch,
+            id,
+            first: random.tricky(),
+            digests: digests(random),
+        },
+        30 => Message::SyncDiffer {
+            epoch,
+            id,
+            blocks: blocks(random),
         },
         _ => Message::Pong,
     }

@@ -277,6 +277,12 @@ fn fields(message: &Message) -> Vec<(&'static str, Vec<u8>)> {
             id,
             first,
             digests,
+        }
+        | Message::SyncDigests {
+            epoch,
+            id,
+            first,
+            digests,
         } => {
             let mut all = epoch_and(epoch, "id", number(*id));
             all.push(("first", number(*first)));
@@ -284,7 +290,7 @@ fn fields(message: &Message) -> Vec<(&'static str, Vec<u8>)> {
             all.push(("digests", digests.collect()));
             all
         }
-        Message::Differ { epoch, id, blocks } => {
+        Message::Differ { epoch, id, blocks } | Message::SyncDiffer { epoch, id, blocks } => {
             let mut all = epoch_and(epoch, "id", number(*id));
             all.push(("blocks", runs(blocks)));
             all

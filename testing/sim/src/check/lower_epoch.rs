@@ -48,6 +48,7 @@ impl LowerEpoch {
             | Message::FlushAck { epoch, .. }
             | Message::SyncAck { epoch, .. }
             | Message::Differ { epoch, .. }
+            | Message::SyncDiffer { epoch, .. }
             | Message::BarrierAck { epoch, .. } => *epoch,
             Message::WriteAck { epoch, seq } => {
                 if self.late.contains(&(to, *epoch, *seq)) {

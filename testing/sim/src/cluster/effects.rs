@@ -334,6 +334,13 @@ impl Cluster {
             Message::Refuse(Refusal::StaleEpoch { .. }) => {
                 self.marks.reached("refused: a stale epoch")
             }
+            Message::SyncDiffer { blocks, .. } => {
+                self.marks.reached(if blocks.is_empty() {
+                    "resync: blocks were the same"
+                } else {
+                    "resync: blocks differed"
+                });
+            }
             Message::DirtyMap { .. } => {
                 self.marks
                     .reached("a member told of another one's dirty blocks");

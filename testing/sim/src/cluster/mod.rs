@@ -246,6 +246,7 @@ impl Cluster {
             control.with_options(VolumeOptions {
                 congestion: scenario.congestion,
                 on_no_quorum: scenario.on_no_quorum,
+                csums: scenario.csums,
                 on_io_error,
                 disk_timeout,
                 ..VolumeOptions::default()

@@ -111,6 +111,11 @@ fn joining_while_the_resync_is_paused_is_caught() {
 }
 
 #[test]
+fn taking_what_differs_for_the_same_in_a_resync_is_caught() {
+    caught(PlantedBug::DifferingCountsAsSame);
+}
+
+#[test]
 fn verifying_outside_the_gate_is_caught() {
     caught(PlantedBug::VerifyOutsideGate);
 }
