@@ -208,6 +208,9 @@ pub(crate) struct Bitmaps {
     generations: BTreeMap<PageId, u64>,
     /// Pages that differ from the backing.
     unsaved: BTreeSet<PageId>,
+    /// What was set in a slot's bitmap since a generation of marks began ([`crate::generations`]);
+    /// in memory only: a crash takes all for the oldest generation.
+    newest: [Option<Blocks>; ReplicaSlot::COUNT],
 }
 
 impl Bitmaps {
@@ -220,6 +223,35 @@ impl Bitmaps {
         self.slots[slot.index()].set(blocks, |page| {
             unsaved.insert(PageId { slot, page });
         });
+        if let Some(newest) = &mut self.newest[slot.index()] {
+            newest.set(blocks, |_| {});
+        }
+    }
+
+    /// What is set in a slot's bitmap from here on is of a new generation.
+    pub(crate) fn begin_generation(&mut self, slot: ReplicaSlot) {
+        self.newest[slot.index()] = Some(Blocks::default());
+    }
+
+    /// Takes out of a slot's bitmap what was set before the last generation began; a new one begins.
+    /// Nothing where none was begun.
+    pub(crate) fn keep_newest_generation(&mut self, slot: ReplicaSlot) {
+        let newest = self.newest[slot.index()].replace(Blocks::default());
+        let Some(newest) = newest else {
+            return;
+        };
+        let mut older = self.of(slot).clone();
+        for blocks in newest.runs(u64::MAX) {
+            older.clear(blocks, |_| {});
+        }
+        for blocks in older.runs(u64::MAX) {
+            self.clear(slot, blocks);
+        }
+    }
+
+    /// Everything counts as of the oldest generation, until the next one begins.
+    pub(crate) fn forget_generations(&mut self) {
+        self.newest = Default::default();
     }
 
     pub(crate) fn clear(&mut self, slot: ReplicaSlot, blocks: BlockRange) {
@@ -343,6 +375,29 @@ mod tests {
                 .all(|(_, generation, words)| *generation == 2 && *words == [0; WORDS])
         );
         assert_eq!(saved.len(), 2);
+    }
+
+    #[test]
+    fn only_the_newest_generation_is_kept() {
+        let slot = ReplicaSlot(3);
+        let mut bitmaps = Bitmaps::default();
+        let marked =
+            |bitmaps: &Bitmaps| -> Vec<BlockRange> { bitmaps.of(slot).runs(u64::MAX).collect() };
+        bitmaps.set(slot, BlockRange::new(0, 10));
+        bitmaps.keep_newest_generation(slot);
+        assert_eq!(marked(&bitmaps), [BlockRange::new(0, 10)], "none was begun");
+        bitmaps.begin_generation(slot);
+        bitmaps.set(slot, BlockRange::new(8, 4));
+        bitmaps.set(ReplicaSlot(4), BlockRange::new(2, 1));
+        bitmaps.keep_newest_generation(slot);
+        assert_eq!(marked(&bitmaps), [BlockRange::new(8, 4)]);
+        bitmaps.set(slot, BlockRange::new(9, 1));
+        bitmaps.forget_generations();
+        bitmaps.keep_newest_generation(slot);
+        assert_eq!(marked(&bitmaps), [BlockRange::new(8, 4)]);
+        bitmaps.take_unsaved();
+        bitmaps.keep_newest_generation(slot);
+        assert!(marked(&bitmaps).is_empty() && bitmaps.has_unsaved());
     }
 
     #[test]

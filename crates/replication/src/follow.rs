@@ -57,7 +57,23 @@ impl Machine {
         let slot = self.slot(peer).map_or(0, mask);
         self.async_slots & slot == 0
             || self.admitted.is_some_and(|(node, _)| node == peer)
+            || self.takes_a_place(peer)
             || self.lab.has(PlantedBug::AsyncCountsAsInSync)
+    }
+
+    /// Whether a replica of protocol A has caught up that takes the place of another one. The place is free
+    /// when the set, by commit, has the successor: so it is in the set for that moment. Not before it has
+    /// caught up: until then it may be left behind like any other of its kind.
+    fn takes_a_place(&self, peer: NodeId) -> bool {
+        let replicas = self.volume.as_ref().map(|volume| &volume.replicas);
+        let taken = replicas.and_then(|all| all.get(&all.get(&peer)?.replaces?));
+        let link = self.links.get(&peer);
+        let stage = link.and_then(|link| link.session.as_ref().map(|session| session.stage));
+        let caught_up = matches!(
+            stage,
+            Some(Stage::Following | Stage::Barrier(_) | Stage::Joining | Stage::InSync)
+        );
+        caught_up && taken.is_some_and(|replica| !replica.leaving)
     }
 
     /// Whether the application waits until a replica of protocol A has taken what is under way to it.
@@ -133,7 +149,7 @@ impl Machine {
         };
         // First: what the abandoned reads let pass is not sent any more.
         if let Some(session) = self.session_mut(peer) {
-            session.restart(Stage::Ahead(id), epoch, cx.now);
+            session.restart(Stage::Ahead(id), id, epoch, cx.now);
         }
         // The acknowledgement of a write that it was sent must not clear the mark of a later one that
         // it was not: so no acknowledgement counts any more, and what it would have said is marked.
@@ -166,8 +182,9 @@ impl Machine {
         let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
             return;
         };
+        let number = self.next_id();
         if let Some(session) = self.session_mut(peer) {
-            session.restart(Stage::Starting, epoch, cx.now);
+            session.restart(Stage::Starting, number, epoch, cx.now);
             self.send(cx, peer, Message::StartSync { epoch });
         }
     }
@@ -181,6 +198,7 @@ impl Machine {
             session.stage = Stage::Following;
             session.behind_since = None;
             self.send(cx, peer, Message::Following { epoch });
+            self.generations_soon(cx);
         }
     }
 

@@ -60,6 +60,8 @@ pub enum PlantedBug {
     OverwriteWithoutSaving,
     /// What a resync compared counts as the same although it is not (rule 5).
     DifferingCountsAsSame,
+    /// Marks for a replica of protocol A are forgotten before it acknowledged what they stand for (rule 5).
+    GenerationDroppedEarly,
     /// What verification found is marked while the replica is still a member (rule 4).
     RepairWithoutLeave,
 }

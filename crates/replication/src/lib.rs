@@ -20,6 +20,7 @@ mod digest;
 mod engine;
 mod follow;
 mod gate;
+mod generations;
 mod heal;
 mod invariants;
 pub mod io;

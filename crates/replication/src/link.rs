@@ -143,6 +143,9 @@ impl Machine {
             self.drop_session(cx, peer);
             if let Some(link) = self.links.remove(&peer) {
                 self.forget_checks(link.number);
+                if link.incoming.is_some() {
+                    self.meta.bitmaps.forget_generations();
+                }
             }
             self.barriers.retain(|barrier| barrier.reply.peer != peer);
             self.promotion_lost_link(cx, peer);
@@ -256,6 +259,11 @@ impl Machine {
             Message::Barrier { epoch, id } => self.barrier(cx, peer, epoch, id),
             Message::Behind { epoch, id } => self.left_behind(cx, peer, epoch, id),
             Message::Following { epoch } => self.follows(cx, peer, epoch),
+            Message::Generation {
+                epoch,
+                slot,
+                confirmed,
+            } => self.generation(cx, peer, epoch, slot, confirmed),
             Message::Receipts { epoch, wanted } => self.receipts(cx, peer, epoch, wanted),
             Message::Received { epoch, seq } => self.write_received(cx, peer, epoch, seq),
             Message::EpochUpdate { epoch, in_sync } => self.epoch_update(cx, peer, epoch, in_sync),
@@ -351,6 +359,9 @@ impl Machine {
                     .then_some(())
                     .ok_or("a slot or block out of range")
             }
+            Message::Generation { slot, .. } => (slot.index() < relevo_types::ReplicaSlot::COUNT)
+                .then_some(())
+                .ok_or("a slot out of range"),
             Message::Digests { first, digests, .. }
             | Message::SyncDigests { first, digests, .. } => self
                 .is_inside(relevo_types::BlockRange::new(*first, digests.len() as u64))

@@ -88,6 +88,8 @@ pub(crate) struct Machine {
     pub(crate) pauses: Pauses,
     pub(crate) verification: Verification,
     pub(crate) heals: Heals,
+    /// When to look whether a generation of marks for replicas of protocol A is over.
+    pub(crate) generations_due: Option<Time>,
 }
 
 /// What this node is for the volume.
@@ -162,6 +164,7 @@ impl Machine {
             pauses: Pauses::default(),
             verification: Verification::default(),
             heals: Heals::default(),
+            generations_due: None,
         }
     }
 

@@ -262,6 +262,9 @@ impl Machine {
         };
         let weight = write.weight();
         primary.writes.insert(seq, write);
+        if self.async_slots != 0 {
+            self.generations_soon(cx);
+        }
         if let Some(job) = self.jobs.table.get_mut(&job) {
             job.owner = Owner::Write(seq);
         }
@@ -491,6 +494,7 @@ impl Machine {
         self.settle_quorum(cx);
         self.settle_heals(cx);
         self.settle_followers(cx);
+        self.settle_generations(cx);
         self.pump_requests(cx);
         self.settle_sync(cx);
         self.settle_demotion(cx);

@@ -97,6 +97,7 @@ impl Machine {
             return;
         };
         self.fold_tail();
+        self.meta.bitmaps.forget_generations();
         self.afters.retain(|(_, after)| !after.is_for_primary());
         self.barriers.clear();
         for link in self.links.values_mut() {
@@ -370,8 +371,9 @@ impl Machine {
         self.opened = cx.now;
         self.role = Role::Primary(Primary::new(epoch, in_sync.clone()));
         for peer in in_sync {
+            let number = self.next_id();
             if let Some(link) = self.links.get_mut(&peer) {
-                link.session = Some(Session::in_sync(epoch, cx.now));
+                link.session = Some(Session::in_sync(number, epoch, cx.now));
                 let in_sync = members;
                 self.send(cx, peer, Message::EpochUpdate { epoch, in_sync });
             }

@@ -247,6 +247,7 @@ impl Machine {
             // waited for those who left.
             self.send(cx, peer, Message::EpochUpdate { epoch, in_sync });
         }
+        self.generations_soon(cx);
         self.update_all(cx);
     }
 

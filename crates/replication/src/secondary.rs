@@ -127,6 +127,7 @@ impl Machine {
             return false;
         }
         self.close(cx, "another node is primary");
+        self.meta.bitmaps.forget_generations();
         self.saw_epoch(epoch);
         if let Some(link) = self.links.get_mut(&peer) {
             link.incoming = Some(Incoming { epoch, part });

@@ -257,6 +257,7 @@ impl Machine {
             .min(fails)
             .min(admitted.unwrap_or(Time::NEVER))
             .min(self.saving_deadline())
+            .min(self.generations_deadline())
             .min(self.verify_deadline())
             .min(self.speed_deadline())
             .min(self.proposals.deadline())

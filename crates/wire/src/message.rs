@@ -101,6 +101,17 @@ pub enum Message {
         /// The primary's epoch.
         epoch: Epoch,
     },
+    /// A new generation of marks for a replica of protocol A begins here, at the receiver, another
+    /// replica: what it marks for that one from here on is of it.
+    Generation {
+        /// The primary's epoch.
+        epoch: Epoch,
+        /// The replica of protocol A.
+        slot: ReplicaSlot,
+        /// That replica has acknowledged every write before the begin of the last generation, so what
+        /// was marked for it before that is forgotten.
+        confirmed: bool,
+    },
     /// Whether the receiver shall say that it received a write ([`Message::Received`], protocol B)
     /// before it says that it is done.
     Receipts {

@@ -71,6 +71,9 @@ pub const ALL: &[&str] = &[
     "protocol A: one that was left behind has caught up",
     "protocol A: congestion blocked the application",
     "protocol A: switchover to such a replica",
+    "protocol A: a generation of marks was forgotten",
+    "protocol A: a replica took another one's place",
+    "a replica was moved",
     "protocol B: acknowledged before the disk did",
     "protocol B: a replica crashed with received writes",
 ];

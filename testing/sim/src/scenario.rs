@@ -33,6 +33,10 @@ impl Planted {
         (PlantedBug::AsyncCountsAsInSync, "async-counts-as-in-sync"),
         (PlantedBug::AheadWithoutMarks, "ahead-without-marks"),
         (PlantedBug::AheadTrustsOldAcks, "ahead-trusts-old-acks"),
+        (
+            PlantedBug::GenerationDroppedEarly,
+            "generation-dropped-early",
+        ),
         (PlantedBug::FlushForgetsReceived, "flush-forgets-received"),
         (PlantedBug::ReceiptSettles, "receipt-settles"),
         (PlantedBug::JoinWhilePaused, "join-while-paused"),
@@ -267,13 +271,6 @@ impl Scenario {
             }
         }
         let (protocols, congestion, far_us) = mixture(seed);
-        if protocols[..data_nodes].contains(&Protocol::A) {
-            // A replacement ends when it is in sync, which a replica of protocol A never is by itself.
-            faults.retain(|(fault, _)| *fault != Fault::Replicas);
-            if faults.is_empty() {
-                faults.push((Fault::BreakLink, 1));
-            }
-        }
         Self {
             seed,
             data_nodes,
@@ -329,8 +326,6 @@ impl Scenario {
             managed: true,
             split: false,
             witness: scenario.data_nodes == 2 || scenario.witness,
-            // Only replicas that can be in sync by themselves: nobody moves a service elsewhere yet.
-            protocols: scenario.protocols.map(|own| own.max(Protocol::B)),
             ..scenario
         }
     }

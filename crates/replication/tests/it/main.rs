@@ -3,6 +3,7 @@
 mod allocations;
 mod compare;
 mod disk;
+mod generations;
 mod heal;
 mod knowledge;
 mod nonsense;

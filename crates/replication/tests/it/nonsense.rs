@@ -53,7 +53,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(33) {
+    match random.below(34) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -135,6 +135,11 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
         25 => Message::Receipts {
             epoch,
             wanted: random.one_in(2),
+        },
+        32 => Message::Generation {
+            epoch,
+            slot: ReplicaSlot(byte % 9),
+            confirmed: random.one_in(2),
         },
         26 => Message::Received {
             epoch,

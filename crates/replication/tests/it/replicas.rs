@@ -1,11 +1,56 @@
 //! Replicas that come and go while the volume is in use.
 
+use relevo_format::Start;
 use relevo_replication::{DiskState, PeerState};
-use relevo_types::cluster::Command;
+use relevo_types::{
+    NodeId,
+    cluster::{Command, OnCongestion, Protocol, ReplicaSpec},
+};
 
-use crate::world::{A, B, C, World};
+use crate::{
+    disk::Disk,
+    world::{A, B, C, D, V, World, formatted},
+};
 
-fn block(world: &World, node: relevo_types::NodeId, number: u64) -> u8 {
+impl World {
+    /// Takes a node's replica away with its disk.
+    pub(crate) fn remove_replica(&mut self, node: NodeId) {
+        self.command(&Command::RemoveReplica { volume: V, node });
+        self.crash(node, true);
+        self.node(node).disk = Disk::default();
+    }
+
+    /// Makes a replica on a node that had one; it has nothing.
+    pub(crate) fn add_replica(&mut self, node: NodeId) {
+        self.add_replica_for(node, Protocol::C, None);
+    }
+
+    /// The same, of any protocol, perhaps in the place of another one.
+    pub(crate) fn add_replica_for(
+        &mut self,
+        node: NodeId,
+        protocol: Protocol,
+        replaces: Option<NodeId>,
+    ) {
+        let replica = ReplicaSpec {
+            node,
+            protocol,
+            backing: None,
+            force: false,
+        };
+        self.command(&Command::AddReplica {
+            volume: V,
+            replica,
+            replaces,
+        });
+        let slot = self.volume().slot(node).unwrap();
+        self.node(node).disk = formatted(node, slot, &self.layout.clone(), Start::Blank);
+        self.command(&Command::ReplicaCreated { volume: V, node });
+        self.start(node);
+    }
+}
+
+fn block(world: &World, node: NodeId, number: u64) -> u8 {
     world.block(node, number)[0]
 }
 
@@ -123,4 +168,80 @@ fn a_member_marks_for_a_replica_that_it_was_not_told_of() {
     world.pass_ms(2500);
     assert!(world.volume().in_sync.contains(&C), "{:?}", world.volume());
     assert_eq!(block(&world, C, 500), 9);
+}
+
+/// A replica of protocol A in the place of one of protocol C: it is in the set for the moment in which the
+/// other one's place becomes free, and outside again when that one is gone.
+#[test]
+fn a_replica_of_protocol_a_takes_the_place_of_another_one() {
+    let mut world = World::opened(4, 1024, A);
+    world.remove_replica(D);
+    for number in 0..300 {
+        world.write(A, number, 1, 5);
+    }
+    world.pass_ms(10);
+    world.add_replica_for(D, Protocol::A, Some(C));
+    world.connect_all();
+    world.pass_ms(1000);
+    let volume = world.volume();
+    assert!(!volume.replicas.contains_key(&C), "{volume:?}");
+    assert_eq!(volume.replicas[&D].replaces, None);
+    assert_eq!(volume.in_sync.iter().copied().collect::<Vec<_>>(), [A, B]);
+    assert!(world.same(A, D));
+    assert_eq!(world.status(A).peers[&D], PeerState::Following);
+    // Nothing waits for it any more.
+    world.silence(A, D);
+    let write = world.write(A, 7, 1, 9);
+    world.pass_ms(10);
+    assert!(world.is_acked(write));
+}
+
+/// The primary's own replica is moved: it stays until the role has gone elsewhere, and the successor is not
+/// waited for meanwhile.
+#[test]
+fn the_primary_s_replica_is_moved_to_one_of_protocol_a() {
+    let mut world = World::opened(2, 1024, A);
+    world.remove_replica(B);
+    world.write(A, 3, 1, 7);
+    world.pass_ms(10);
+    world.add_replica_for(B, Protocol::A, Some(A));
+    world.connect_all();
+    world.pass_ms(1000);
+    assert!(world.volume().replicas[&A].leaving);
+    assert_eq!(world.status(A).peers[&B], PeerState::Following);
+    assert!(!world.volume().in_sync.contains(&B));
+    world.set_options(|options| options.admit = Some(B));
+    world.pass_ms(100);
+    world.input(A, relevo_replication::Input::Demote);
+    world.pass_ms(100);
+    world.promote(B);
+    world.pass_ms(1000);
+    assert!(world.status(B).open);
+    assert!(!world.volume().replicas.contains_key(&A));
+    assert_eq!(block(&world, B, 3), 7);
+}
+
+/// While it gets everything it is left behind like any other of its kind: the application does not wait for
+/// hours because a replica is moved.
+#[test]
+fn a_successor_that_does_not_keep_up_is_left_behind() {
+    let mut world = World::opened(3, 1024, A);
+    world.set_options(|options| {
+        options.congestion.policy = OnCongestion::PullAhead;
+        options.congestion.sndbuf_bytes = 16 * 4096;
+        options.congestion.fill_bytes = 8 * 4096;
+    });
+    world.remove_replica(C);
+    world.pass_ms(10);
+    world.add_replica_for(C, Protocol::A, Some(B));
+    world.connect_all();
+    world.run();
+    world.node(C).disk.stalled = true;
+    let writes: Vec<_> = (0..40).map(|n| world.write(A, n, 1, 5)).collect();
+    world.pass_ms(100);
+    assert!(writes.iter().all(|write| world.is_acked(*write)));
+    world.node(C).disk.stalled = false;
+    world.pass_ms(1000);
+    assert!(!world.volume().replicas.contains_key(&B));
+    assert!(world.same(A, C));
 }

@@ -173,7 +173,7 @@ fn control_state(protocols: &[Protocol], size: u64) -> ClusterState {
 }
 
 /// A disk with a new replica.
-fn formatted(node: NodeId, slot: ReplicaSlot, layout: &Layout, start: Start) -> Disk {
+pub(crate) fn formatted(node: NodeId, slot: ReplicaSlot, layout: &Layout, start: Start) -> Disk {
     let mut disk = Disk::default();
     let replica = Replica {
         identity: Identity {
@@ -606,32 +606,6 @@ impl World {
         self.apply_control(command);
         self.note(|| format!("control: {command:?}"));
         self.publish();
-    }
-
-    /// Takes a node's replica away with its disk.
-    pub(crate) fn remove_replica(&mut self, node: NodeId) {
-        self.command(&Command::RemoveReplica { volume: V, node });
-        self.crash(node, true);
-        self.node(node).disk = Disk::default();
-    }
-
-    /// Makes a replica on a node that had one; it has nothing.
-    pub(crate) fn add_replica(&mut self, node: NodeId) {
-        let replica = ReplicaSpec {
-            node,
-            protocol: Protocol::C,
-            backing: None,
-            force: false,
-        };
-        self.command(&Command::AddReplica {
-            volume: V,
-            replica,
-            replaces: None,
-        });
-        let slot = self.volume().slot(node).unwrap();
-        self.node(node).disk = formatted(node, slot, &self.layout.clone(), Start::Blank);
-        self.command(&Command::ReplicaCreated { volume: V, node });
-        self.start(node);
     }
 
     pub(crate) fn evict(&mut self, node: NodeId) {

@@ -31,6 +31,7 @@ mod kind {
     pub(super) const FOLLOWING: u8 = 31;
     pub(super) const RECEIPTS: u8 = 32;
     pub(super) const RECEIVED: u8 = 33;
+    pub(super) const GENERATION: u8 = 34;
     pub(super) const PAUSE_SYNC: u8 = 20;
     pub(super) const DIGESTS: u8 = 21;
     pub(super) const DIFFER: u8 = 22;
@@ -154,6 +155,16 @@ pub(super) fn write_fields(
             out.put_u64_le(epoch.0);
             out.put_u8(u8::from(*wanted));
             kind::RECEIPTS
+        }
+        Message::Generation {
+            epoch,
+            slot,
+            confirmed,
+        } => {
+            out.put_u64_le(epoch.0);
+            out.put_u8(slot.0);
+            out.put_u8(u8::from(*confirmed));
+            kind::GENERATION
         }
         Message::Behind { epoch, id } => put_pair(out, kind::BEHIND, *epoch, *id),
         Message::Following { epoch } => put_epoch(out, kind::FOLLOWING, *epoch),
@@ -410,6 +421,11 @@ fn read_message(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameEr
         kind::RECEIPTS => Message::Receipts {
             epoch: fields.epoch()?,
             wanted: fields.bool()?,
+        },
+        kind::GENERATION => Message::Generation {
+            epoch: fields.epoch()?,
+            slot: fields.slot()?,
+            confirmed: fields.bool()?,
         },
         kind::DIGESTS => Message::Digests {
             epoch: fields.epoch()?,

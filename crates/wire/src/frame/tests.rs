@@ -354,6 +354,13 @@ fn message() -> impl Strategy<Value = Message> {
         }),
         epoch().prop_map(|epoch| Message::Following { epoch }),
         (epoch(), any::<bool>()).prop_map(|(epoch, wanted)| Message::Receipts { epoch, wanted }),
+        (epoch(), 0u8..7, any::<bool>()).prop_map(|(epoch, slot, confirmed)| {
+            Message::Generation {
+                epoch,
+                slot: ReplicaSlot(slot),
+                confirmed,
+            }
+        }),
         pair().prop_map(|(epoch, seq)| Message::Received {
             epoch: Epoch(epoch),
             seq: Seq(seq)

@@ -6,7 +6,7 @@ use relevo_wire::{BlockDigest, Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 32;
+pub(crate) const KINDS: usize = 33;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
@@ -147,6 +147,11 @@ pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
             wanted: random.one_in(2),
         },
         24 => Message::Received { epoch, seq },
+        31 => Message::Generation {
+            epoch,
+            slot: ReplicaSlot(random.byte() % 7),
+            confirmed: random.one_in(2),
+        },
         25 => Message::ReadBlocks {
             epoch,
             id,

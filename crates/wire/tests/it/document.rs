@@ -297,6 +297,15 @@ fn fields(message: &Message) -> Vec<(&'static str, Vec<u8>)> {
         }
         Message::Verifying { epoch, active } => epoch_and(epoch, "active", vec![u8::from(*active)]),
         Message::Receipts { epoch, wanted } => epoch_and(epoch, "wanted", vec![u8::from(*wanted)]),
+        Message::Generation {
+            epoch,
+            slot,
+            confirmed,
+        } => {
+            let mut all = epoch_and(epoch, "slot", vec![slot.0]);
+            all.push(("confirmed", vec![u8::from(*confirmed)]));
+            all
+        }
         Message::Ping | Message::Pong => Vec::new(),
         #[allow(
             unreachable_patterns,

@@ -1,6 +1,7 @@
 //! Sent or marked (rules 5 and 6): for each replica outside the in-sync set and each replica that
-//! could be the source of its resync, now or after the next takeover: the blocks in which they differ
-//! are dirty for it at the source, or uncertain by the word of one of the two. And marks drain: once a
+//! could be the source of its resync, now, after the next takeover, or when it is forced: the blocks in
+//! which they differ are dirty for it at the source, or uncertain by the word of one of the two; of
+//! generations of marks for a replica of protocol A so much is left. And marks drain: once a
 //! replica is in sync and quiet, the primary has none left for it.
 
 use relevo_replication::Engine;
@@ -27,7 +28,7 @@ pub fn check(
         Some(block) => Err(Violation::new(
             RULE,
             format!(
-                "block {block} differs between {} (in sync) and {}, which is not, and is marked by neither: {marks:?}",
+                "block {block} differs between {}, which may be a source, and {}, which is not in sync, and is marked by neither: {marks:?}",
                 source.0, target.0
             ),
         )),

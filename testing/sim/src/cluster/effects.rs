@@ -349,6 +349,11 @@ impl Cluster {
         }
         match &message {
             Message::Behind { .. } => self.marks.reached("protocol A: pulled ahead of a replica"),
+            Message::Generation {
+                confirmed: true, ..
+            } => self
+                .marks
+                .reached("protocol A: a generation of marks was forgotten"),
             Message::Following { .. } if self.machines[index_of(peer)].was_behind => {
                 self.machines[index_of(peer)].was_behind = false;
                 self.marks

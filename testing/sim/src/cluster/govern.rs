@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use relevo_replication::{Input, PeerState};
 use relevo_types::{
     NodeId, Time,
-    cluster::{Command, Outcome, Proof, Rejection, VolumeChange},
+    cluster::{Command, Outcome, Proof, Protocol, Rejection, VolumeChange},
 };
 
 use super::{Cluster, Event, View, index_of, node_id};
@@ -164,6 +164,12 @@ impl Cluster {
     }
 
     fn joined(&mut self, node: NodeId) {
+        let volume = self.control.volume();
+        let of_a = |primary| volume.protocol(primary, node) == Protocol::A;
+        if volume.options.admit != Some(node) && volume.primary.is_some_and(of_a) {
+            self.marks
+                .reached("protocol A: a replica took another one's place");
+        }
         let machine = &mut self.machines[index_of(node)];
         self.marks.reached("commit: join");
         self.marks.reached("resync: ended with a join");

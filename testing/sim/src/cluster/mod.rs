@@ -124,6 +124,8 @@ enum Event {
     },
     /// An operator looks how far the replacement of a replica is.
     Replaced,
+    /// An operator asks for the service to be on a node, which first got what it lacked.
+    MoveService(Index),
     /// The workload holds back for a moment.
     Hush,
     /// The workload goes on.
@@ -501,6 +503,13 @@ impl Cluster {
             Event::Start(node) => self.start(node),
             Event::Resume(node) => self.resume(node),
             Event::Replaced => self.replace_replica(),
+            Event::MoveService(node) => {
+                // The operator gives up when it takes too long.
+                if self.phase == Phase::Trouble {
+                    self.move_service(node);
+                }
+                Ok(())
+            }
             Event::Order { node, order } => self.order(node, order),
             // Not while a node is cut off on purpose.
             Event::Heal(_) if !self.severed.is_empty() => Ok(()),

@@ -1,10 +1,13 @@
-//! An operator who removes a replica and adds it again on an empty disk.
+//! An operator who removes a replica and adds it again on an empty disk, perhaps in another one's place.
 
 use std::{sync::Arc, time::Duration};
 
-use relevo_types::cluster::{Command, Protocol, ReplicaSpec};
+use relevo_types::{
+    NodeId,
+    cluster::{Command, ReplicaSpec},
+};
 
-use super::{Cluster, Crash, Event, Phase, backing, node_id};
+use super::{Cluster, Crash, Event, Phase, backing, index_of, node_id};
 use crate::{
     check::{Verdict, Violation},
     control::VOLUME,
@@ -62,11 +65,13 @@ impl Cluster {
         let next = match stage {
             Stage::Leaving if gone => Some(Stage::Gone),
             Stage::Leaving => {
-                // It became primary meanwhile: it can only go when another one is.
-                let others = self.control.volume().in_sync.len() > 1;
-                let healing = self.phase == Phase::Healing && others && self.all_in_sync(false);
-                if healing && self.open_primary() == Some(node) {
-                    self.switchover()?;
+                // It is primary, or became it meanwhile: it can only go when another one is.
+                let healing = self.phase == Phase::Healing && self.all_in_sync(false);
+                if healing
+                    && self.open_primary() == Some(node)
+                    && let Some(other) = self.successor_of(node)
+                {
+                    self.switch_to(node, other)?;
                 }
                 None
             }
@@ -77,11 +82,23 @@ impl Cluster {
                 Some(Stage::Away)
             }
             Stage::Away => {
-                if self.add_replica(node)? {
-                    self.replaced = None;
+                // Now and then it comes in the place of another one, which goes when it has everything.
+                let others = self.control.volume().replicas.keys();
+                let others: Vec<Index> = others.map(|node| index_of(*node)).collect();
+                let moves = !others.is_empty() && self.chance.trouble.chance(30.0);
+                let replaces = moves.then(|| self.chance.trouble.pick(&others));
+                if self.add_replica(node, replaces)? {
                     // It starts anew with its replica.
                     self.crash(node, Crash::Process);
                     self.queue.after(Duration::ZERO, Event::Start(node));
+                    self.replaced = replaces.map(|moved| Replaced {
+                        node: moved,
+                        stage: Stage::Leaving,
+                    });
+                    if moves {
+                        self.marks.reached("a replica was moved");
+                        self.queue.after(LOOK_EVERY, Event::Replaced);
+                    }
                     return Ok(());
                 }
                 None
@@ -98,7 +115,19 @@ impl Cluster {
         Ok(())
     }
 
-    fn add_replica(&mut self, node: Index) -> Result<bool, Violation> {
+    /// Who shall be primary in the place of a node whose replica shall go: a member, if there is one.
+    fn successor_of(&self, node: Index) -> Option<Index> {
+        let volume = self.control.volume();
+        let usable = |other: &&NodeId| {
+            let process = self.machines[index_of(**other)].process.as_ref();
+            **other != node_id(node) && process.is_some_and(|it| !it.disk_failed)
+        };
+        let members = volume.in_sync.iter().find(usable);
+        let other = members.or_else(|| volume.replicas.keys().find(usable))?;
+        Some(index_of(*other))
+    }
+
+    fn add_replica(&mut self, node: Index, replaces: Option<Index>) -> Result<bool, Violation> {
         let Some(by) = self.any_with_majority() else {
             return Ok(false);
         };
@@ -106,14 +135,14 @@ impl Cluster {
         let failed = |what: String| Violation::new("a replica can be added", what);
         let replica = ReplicaSpec {
             node: id,
-            protocol: Protocol::C,
+            protocol: self.scenario.protocols[node],
             backing: None,
             force: false,
         };
         let add = Command::AddReplica {
             volume: VOLUME,
             replica,
-            replaces: None,
+            replaces: replaces.map(node_id),
         };
         let created = Command::ReplicaCreated {
             volume: VOLUME,

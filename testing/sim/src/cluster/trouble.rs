@@ -264,20 +264,13 @@ impl Cluster {
             return Ok(());
         };
         let other = self.other_than(primary, self.scenario.data_nodes);
-        let volume = self.control.volume();
-        let pair = volume.protocol(node_id(primary), node_id(other));
-        if pair == Protocol::A && !volume.in_sync.contains(&node_id(other)) {
-            // First it drains and joins; the next switchover may find it in the set.
-            let options = VolumeOptions {
-                admit: Some(node_id(other)),
-                ..volume.options.clone()
-            };
-            let command = Command::SetVolumeOptions {
-                volume: volume.id,
-                expect: volume.version,
-                options,
-            };
-            drop(self.commit_now(primary, &command));
+        self.switch_to(primary, other)
+    }
+
+    /// The operator moves the role from one node to another.
+    pub(super) fn switch_to(&mut self, primary: Index, other: Index) -> Verdict {
+        // If it has to drain and join first, the next switchover may find it in the set.
+        if self.drain_to(primary, other) {
             return Ok(());
         }
         self.target = Some(node_id(other));
@@ -287,12 +280,42 @@ impl Cluster {
         self.feed(primary, Input::Demote)
     }
 
-    /// The operator asks for the service to be on a node.
-    fn move_service(&mut self, node: Index) {
+    /// A replica of protocol A is to get what it lacks, and to join the set. False: it needn't.
+    fn drain_to(&mut self, primary: Index, other: Index) -> bool {
+        let volume = self.control.volume();
+        let other = node_id(other);
+        let drains = volume.replicas.contains_key(&other)
+            && volume.protocol(node_id(primary), other) == Protocol::A
+            && !volume.in_sync.contains(&other);
+        if drains && volume.options.admit != Some(other) {
+            let options = VolumeOptions {
+                admit: Some(other),
+                ..volume.options.clone()
+            };
+            let command = Command::SetVolumeOptions {
+                volume: volume.id,
+                expect: volume.version,
+                options,
+            };
+            drop(self.commit_now(primary, &command));
+        }
+        drains
+    }
+
+    /// The operator asks for the service to be on a node. One of protocol A gets what it lacks first.
+    pub(super) fn move_service(&mut self, node: Index) {
         let Some(service) = self.control.state().services.keys().next().copied() else {
             return;
         };
         let target = Some(node_id(node));
+        if let Some(primary) = self.open_primary().filter(|primary| *primary != node)
+            && self.phase == Phase::Trouble
+            && self.drain_to(primary, node)
+        {
+            let later = self.chance.trouble.millis(20, 60);
+            self.queue.after(later, Event::MoveService(node));
+            return;
+        }
         // By way of whoever leads the log; if nobody does, the operator gets an error.
         if self
             .leader

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use relevo_replication::{DiskState, PeerState};
-use relevo_types::Time;
+use relevo_types::{NodeId, Time};
 
 use super::{Cluster, Event, Phase, index_of, node_id};
 use crate::{
@@ -143,6 +143,11 @@ impl Cluster {
         let Some(primary) = self.open_primary() else {
             return Err(Violation::new(HEALS, "no primary after settling"));
         };
+        // Of protocol A: members forget what they marked, one generation after the other.
+        let until = self.queue.now() + SETTLE_WITHIN;
+        self.wait_for(until, "members know what followers have", |cluster| {
+            cluster.undrained().is_none()
+        })?;
         let blocks = self.scenario.blocks;
         for node in 0..self.scenario.data_nodes {
             let one = (node_id(primary), &self.machines[primary].disk);
@@ -220,18 +225,37 @@ impl Cluster {
             .filter(|node| volume.replicas.contains_key(&node_id(*node)))
             .filter(|node| !volume.in_sync.contains(&node_id(*node)))
             .collect();
-        for node in outside {
+        for node in outside.iter().copied() {
             // On a link that is broken and not known to be, what the primary sent is awaited: neither
             // there nor marked by it yet. Whoever would take over must have it marked all the same.
             let sent = self.net.is_linked(primary, node)
                 && self.net.wants_connection(primary, node)
                 || self.machines[node].paused_until.is_some();
             let sources = members.iter().chain((!sent).then_some(&primary));
-            for source in sources {
+            // One that follows may be forced.
+            let followers = outside.iter().filter(|other| {
+                **other != node && self.is_attached(**other) && self.is_following(primary, **other)
+            });
+            for source in sources.chain(followers) {
                 self.check_marks(*source, node)?;
             }
         }
         Ok(())
+    }
+
+    /// A member that has marks for a replica outside the set, which lacks nothing.
+    fn undrained(&self) -> Option<(NodeId, NodeId)> {
+        let volume = self.control.volume();
+        let outside = |node: &&NodeId| !volume.in_sync.contains(node);
+        let marks = |member: NodeId, node: NodeId| {
+            let engine = self.engine(index_of(member));
+            engine.is_some_and(|engine| !engine.dirty_blocks(node).is_empty())
+        };
+        let mut pairs = volume.replicas.keys().filter(outside).flat_map(|node| {
+            let members = volume.in_sync.iter();
+            members.map(move |member| (*member, *node))
+        });
+        pairs.find(|(member, node)| marks(*member, *node))
     }
 
     fn check_marks(&self, source: Index, target: Index) -> Verdict {
@@ -240,6 +264,11 @@ impl Cluster {
         };
         let mut marks = engine.dirty_blocks(node_id(target));
         marks.extend(engine.dirty_blocks(node_id(source)));
+        if !self.control.volume().in_sync.contains(&node_id(source)) {
+            // Two outside the set: what the source lacks is marked for it.
+            let other = self.engine(target);
+            marks.extend(other.map_or_else(Vec::new, |it| it.dirty_blocks(node_id(source))));
+        }
         if !self.severed.is_empty() {
             // Of another history: what it has of its own is marked there.
             let other = self.engine(target);
@@ -276,15 +305,23 @@ impl Cluster {
 
     /// Primary and secondary agree that they are in sync, on one link.
     fn is_established(&self, primary: Index, node: Index) -> bool {
+        self.agree(primary, node, PeerState::Established, DiskState::UpToDate)
+    }
+
+    /// The same of a replica of protocol A.
+    fn is_following(&self, primary: Index, node: Index) -> bool {
+        self.agree(primary, node, PeerState::Following, DiskState::Consistent)
+    }
+
+    fn agree(&self, primary: Index, node: Index, state: PeerState, disk: DiskState) -> bool {
         let linked = self.net.is_linked(primary, node) && !self.net.wants_connection(primary, node);
         let (Some(ours), Some(theirs)) = (self.engine(primary), self.engine(node)) else {
             return false;
         };
         let theirs = theirs.status();
         linked
-            && ours.status().peers.get(&node_id(node)) == Some(&PeerState::Established)
-            && theirs.disk == DiskState::UpToDate
+            && ours.status().peers.get(&node_id(node)) == Some(&state)
+            && theirs.disk == disk
             && theirs.certain
-            && index_of(node_id(node)) == node
     }
 }

@@ -1,6 +1,7 @@
 //! Bugs put in on purpose are caught: what shows that the checkers see.
 
 use relevo_replication::lab::PlantedBug;
+use relevo_types::cluster::Protocol;
 use sim::{
     batch,
     faults::Fault,
@@ -29,6 +30,12 @@ fn caught(bug: PlantedBug) {
             // A replaced primary rarely gets a write through to anyone: it takes a network that
             // loses its heartbeats alone, and not too much else at the same time.
             scenario.faults = vec![(Fault::Zombie, 1)];
+        }
+        if bug == PlantedBug::GenerationDroppedEarly {
+            // A follower is cut off with writes on the way; the others go on.
+            scenario.data_nodes = 3;
+            scenario.protocols = [Protocol::C, Protocol::C, Protocol::A];
+            scenario.faults = vec![(Fault::CutPair, 1), (Fault::CutOneWay, 1)];
         }
         if bug == PlantedBug::HealFromAnybody {
             // A disk fails to read while another replica is behind; nothing else does.
@@ -93,6 +100,11 @@ fn leaving_a_replica_behind_without_marks_is_caught() {
 #[test]
 fn trusting_old_acknowledgements_of_one_left_behind_is_caught() {
     caught(PlantedBug::AheadTrustsOldAcks);
+}
+
+#[test]
+fn forgetting_marks_before_they_are_acknowledged_is_caught() {
+    caught(PlantedBug::GenerationDroppedEarly);
 }
 
 #[test]
