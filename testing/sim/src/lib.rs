@@ -25,5 +25,6 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod scenario;
+pub mod second;
 pub mod stamp;
 pub mod trace;

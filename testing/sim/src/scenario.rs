@@ -13,7 +13,11 @@ use relevo_types::{
     },
 };
 
-use crate::{faults::Fault, rng::Rng};
+use crate::{
+    faults::Fault,
+    rng::Rng,
+    second::{Point, SecondFault},
+};
 
 /// A bug put into the engine on purpose, to prove that the checkers catch it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -206,6 +210,8 @@ pub struct Scenario {
     pub rot: bool,
     /// At the end a primary is cut off, an outdated replica is forced, and both go on; then they meet.
     pub split: bool,
+    /// Something breaks at a chosen point of recovery.
+    pub second: Option<SecondFault>,
     /// A failed disk is repaired only when everything else is well: the others must do without it.
     pub repair_late: bool,
     /// How often something interesting is followed by a crash close by, in percent.
@@ -270,6 +276,12 @@ impl Scenario {
                 faults.push((fault, rng.between(1, 10)));
             }
         }
+        let second = SecondFault::of_seed(seed);
+        let at = |point| second.is_some_and(|it| it.point == point);
+        let needed = second.and_then(|it| it.point.needs());
+        if let Some(needed) = needed.filter(|it| faults.iter().all(|(other, _)| other != it)) {
+            faults.push((needed, 5));
+        }
         let (protocols, congestion, far_us) = mixture(seed);
         Self {
             seed,
@@ -290,8 +302,9 @@ impl Scenario {
             bursts: rng.pick(&[0.0, 20.0, 60.0]),
             idle_heal: rng.chance(50.0),
             hang_one: rng.chance(10.0),
-            rot: Rng::new(seed, 77).chance(20.0),
-            split: Rng::new(seed, 10).chance(25.0),
+            rot: Rng::new(seed, 77).chance(20.0) || at(Point::Repair),
+            split: Rng::new(seed, 10).chance(25.0) || at(Point::Saving),
+            second,
             repair_late: rng.chance(50.0),
             ambush: rng.pick(&[0.0, 5.0, 25.0]),
             trouble: Duration::from_millis(rng.pick(&[400, 800, 1600])),
@@ -324,7 +337,6 @@ impl Scenario {
         scenario.faults.push((Fault::MoveService, 3));
         Self {
             managed: true,
-            split: false,
             witness: scenario.data_nodes == 2 || scenario.witness,
             ..scenario
         }
@@ -354,6 +366,7 @@ impl Scenario {
             hang_one: false,
             rot: false,
             split: false,
+            second: None,
             disk_us: 1000,
             net_us: 1000,
             short: true,

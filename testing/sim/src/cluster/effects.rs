@@ -38,6 +38,9 @@ impl Cluster {
         }
         if let Input::Message { peer, message } = &input {
             process.lower_epoch.arrives(*peer, message);
+            if matches!(message, Message::Content { .. }) {
+                self.second.content_arrived(node, index_of(*peer));
+            }
         }
         if let Input::Message {
             message: Message::Tail {
@@ -327,6 +330,7 @@ impl Cluster {
                 .sends(peer, &message)
                 .map_err(|v| Violation::new(v.rule, format!("n{}: {}", node + 1, v.what)))?;
         }
+        self.point_of_message(node, index_of(peer), &message);
         match &message {
             Message::BarrierAck { .. } => {
                 self.machines[node].barrier_passed = self.history.tick();

@@ -16,6 +16,7 @@ use crate::{
     control::{VOLUME, volume_command, words},
     lease::Reach as _,
     net::Index,
+    second::Point,
 };
 
 /// A manager looks around this often.
@@ -132,7 +133,9 @@ impl Cluster {
                     }
                 }
                 VolumeChange::Demote { .. } => self.marks.reached("commit: demote"),
-                VolumeChange::Promote { node } => self.ambush(index_of(*node)),
+                VolumeChange::Promote { node } => {
+                    self.promoted(index_of(*node));
+                }
                 VolumeChange::PromoteUncertain { node } => {
                     let nodes = &self.control.state().nodes;
                     let evicted = |member: &NodeId| nodes[member].lease.evicted;
@@ -140,7 +143,7 @@ impl Cluster {
                         self.marks
                             .reached("an uncertain replica was promoted with an evicted member");
                     }
-                    self.ambush(index_of(*node));
+                    self.promoted(index_of(*node));
                 }
                 VolumeChange::Force { .. } => self.marks.reached("commit: force"),
                 VolumeChange::KeepInForce => {}
@@ -163,10 +166,30 @@ impl Cluster {
         }
     }
 
+    fn promoted(&mut self, node: Index) {
+        let members = self.control.volume().in_sync.iter();
+        let other = members
+            .map(|node| index_of(*node))
+            .find(|other| *other != node);
+        self.at_point(Point::Promotion, node, other.unwrap_or(node));
+        self.ambush(node);
+    }
+
     fn joined(&mut self, node: NodeId) {
         let volume = self.control.volume();
+        let mut leaving = volume.replicas.iter().filter(|(_, it)| it.leaving);
+        let moved = leaving.next().map(|(node, _)| index_of(*node));
+        if let Some(primary) = volume.primary.map(index_of) {
+            self.point_over(Point::Join, primary, index_of(node));
+        }
+        if let Some(moved) = moved {
+            self.at_point(Point::Move, moved, index_of(node));
+        }
+        let volume = self.control.volume();
         let of_a = |primary| volume.protocol(primary, node) == Protocol::A;
-        if volume.options.admit != Some(node) && volume.primary.is_some_and(of_a) {
+        let before = self.control.snapshot(self.control.newest_number() - 1);
+        let replaces = before.volumes[&VOLUME].replicas[&node].replaces.is_some();
+        if replaces && volume.primary.is_some_and(of_a) {
             self.marks
                 .reached("protocol A: a replica took another one's place");
         }

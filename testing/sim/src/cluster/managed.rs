@@ -541,7 +541,9 @@ impl Cluster {
         service: ServiceId,
     ) -> Verdict {
         let now = self.queue.now();
-        let fails = self.phase == Phase::Trouble && self.chance.node.chance(1.0);
+        // In the scene of two histories nothing else happens.
+        let troubled = self.phase == Phase::Trouble && !self.scenario.faults.is_empty();
+        let fails = troubled && self.chance.node.chance(1.0);
         let machine = &mut self.machines[node];
         if machine.incarnation() != incarnation {
             return Ok(());

@@ -13,6 +13,7 @@ mod managed;
 mod operator;
 mod replicas;
 mod rot;
+mod second;
 mod split;
 mod trouble;
 mod verify;
@@ -41,6 +42,7 @@ use crate::{
     queue::Queue,
     rng::Rng,
     scenario::Scenario,
+    second::{Blow, Point, Victim},
     trace::Trace,
 };
 
@@ -126,6 +128,15 @@ enum Event {
     Replaced,
     /// An operator asks for the service to be on a node, which first got what it lacked.
     MoveService(Index),
+    /// Something breaks at a point of recovery between two nodes.
+    SecondFault {
+        point: Point,
+        between: (Index, Index),
+        victim: Victim,
+        blow: Blow,
+    },
+    /// What a second fault cut heals.
+    SecondOver(Vec<(Plane, Index, Index)>),
     /// The workload holds back for a moment.
     Hush,
     /// The workload goes on.
@@ -184,6 +195,7 @@ pub struct Cluster {
     /// What a disk altered by itself, until it is repaired.
     rotten: Option<rot::Rotten>,
     replaced: Option<replicas::Replaced>,
+    second: second::Second,
     /// Whose reign is of a history that is not in force any more: clients stay away until they open anew.
     severed: BTreeSet<Index>,
     /// A policy gave up the history in force.
@@ -310,6 +322,7 @@ impl Cluster {
             last_order: 0,
             rotten: None,
             replaced: None,
+            second: second::Second::new(seed),
             severed: BTreeSet::new(),
             went_back: false,
             target: None,
@@ -513,7 +526,13 @@ impl Cluster {
             Event::Order { node, order } => self.order(node, order),
             // Not while a node is cut off on purpose.
             Event::Heal(_) if !self.severed.is_empty() => Ok(()),
-            Event::Heal(directions) => {
+            Event::SecondFault {
+                point,
+                between,
+                victim,
+                blow,
+            } => self.second_fault(point, between, victim, blow),
+            Event::Heal(directions) | Event::SecondOver(directions) => {
                 for (plane, from, to) in directions {
                     self.net.set_open(plane, from, to, true);
                 }
@@ -618,6 +637,8 @@ impl Cluster {
         });
         if has_replica {
             self.fail_early(node);
+            let other = self.open_primary().filter(|primary| *primary != node);
+            self.at_point(Point::Attach, node, other.unwrap_or(node));
             self.feed(node, Input::Attach)?;
             if !self.scenario.managed {
                 self.feed(node, Input::Config(volume))?;

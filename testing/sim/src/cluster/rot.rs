@@ -11,6 +11,7 @@ use super::{Cluster, Phase, node_id};
 use crate::{
     check::{Verdict, Violation, equal, marked},
     net::Index,
+    second::Point,
 };
 
 const RULE: &str = "verification reports damage, and nothing else";
@@ -94,6 +95,7 @@ impl Cluster {
             let blocks = cluster.scenario.blocks;
             cluster.rotten.as_ref().is_some_and(|rotten| rotten.found)
                 && cluster.is_silent_and_whole()
+                && cluster.queue.now() >= cluster.second.over_at
                 && equal::differing(blocks, disk(primary), disk(node))
                     .next()
                     .is_none()
@@ -160,6 +162,14 @@ impl Cluster {
             ));
         };
         rotten.found = true;
+        if let Some(primary) = self.open_primary() {
+            self.at_point(Point::Repair, primary, node);
+        }
         Ok(())
+    }
+
+    /// What a disk altered was found and is not repaired yet.
+    pub(super) fn is_repairing(&self) -> bool {
+        self.rotten.as_ref().is_some_and(|rotten| rotten.found)
     }
 }

@@ -7,15 +7,16 @@ use std::{
 
 use relevo_replication::{Input, SaveId, SavePart};
 use relevo_types::{
-    LineageId,
+    LineageId, ServiceId,
     cluster::{AfterSplitBrain, Command, VolumeChange, VolumeOptions},
 };
 
-use super::{Cluster, Crash, Event, Phase, node_id, verify::HEAL_WITHIN};
+use super::{Cluster, Crash, Event, Phase, index_of, node_id, verify::HEAL_WITHIN};
 use crate::{
     check::{HEALS, Verdict, Violation},
     control::volume_command,
     net::{Index, Plane},
+    second::Point,
     stamp::{SECTORS_PER_BLOCK, WriteNo, read_block},
 };
 
@@ -49,7 +50,10 @@ impl Cluster {
     pub(super) fn save(&mut self, node: Index, id: SaveId, part: SavePart) -> Verdict {
         let machine = &mut self.machines[node];
         match part {
-            SavePart::Begin { .. } => machine.saving = Some((id, BTreeMap::new())),
+            SavePart::Begin { to, .. } => {
+                machine.saving = Some((id, BTreeMap::new()));
+                self.at_point(Point::Saving, node, index_of(to));
+            }
             SavePart::Blocks { blocks, data } => {
                 if let Some((_, saving)) = machine.saving.as_mut().filter(|(of, _)| *of == id) {
                     for (block, at) in blocks.iter().zip((0..data.len()).step_by(4096)) {
@@ -63,7 +67,7 @@ impl Cluster {
                 }
             }
         }
-        let incarnation = machine.incarnation();
+        let incarnation = self.machines[node].incarnation();
         let delay = self.chance.disk.micros(100, 3000);
         let saved = Event::Saved {
             node,
@@ -115,6 +119,7 @@ impl Cluster {
         // Nothing else happens: what each side has must be known.
         self.scenario.ambush = 0.0;
         self.scenario.faults.clear();
+        self.second.off = true;
         self.end_waits();
         self.load.writes_answered = 0;
         self.phase = Phase::Trouble;
@@ -321,11 +326,7 @@ impl Cluster {
             return Ok(());
         }
         self.quiet = true;
-        self.target = Some(node_id(scene.old));
-        if let Some(process) = &mut self.machines[scene.forced].process {
-            process.stepping_down = true;
-        }
-        self.feed(scene.forced, Input::Demote)?;
+        self.step_down_for(scene.forced, scene.old)?;
         self.wait("it steps down", |it| it.control.volume().primary.is_none())?;
         self.severed.insert(scene.forced);
         if self.control.volume().in_sync.contains(&node_id(scene.old)) {
@@ -333,8 +334,31 @@ impl Cluster {
         }
         scene.loser = Some((scene.forced, self.content(scene.forced)));
         self.force(scene.old, true)?;
+        self.enable_service(true);
         self.quiet = false;
         Ok(())
+    }
+
+    /// The operator ends a primary, because another node shall be it: stops the service that uses the
+    /// volume, where there is one.
+    fn step_down_for(&mut self, node: Index, other: Index) -> Verdict {
+        self.target = Some(node_id(other));
+        if self.scenario.managed {
+            self.enable_service(false);
+            return Ok(());
+        }
+        if let Some(process) = &mut self.machines[node].process {
+            process.stepping_down = true;
+        }
+        self.feed(node, Input::Demote)
+    }
+
+    fn enable_service(&mut self, enabled: bool) {
+        let services: Vec<ServiceId> = self.control.state().services.keys().copied().collect();
+        for service in services {
+            let command = Command::EnableService { service, enabled };
+            drop(self.commit_now(0, &command));
+        }
     }
 
     /// What only the loser had and does not have any more was saved.

@@ -13,6 +13,7 @@ use crate::{
     cluster::machine::Failing,
     faults::Fault,
     net::{Index, Plane},
+    second::Point,
 };
 
 impl Cluster {
@@ -243,7 +244,7 @@ impl Cluster {
     }
 
     /// Fails one disk operation, if the data is certainly elsewhere too.
-    fn disk_error(&mut self, node: Index) {
+    pub(super) fn disk_error(&mut self, node: Index) {
         let sick = |machine: &super::Machine| {
             machine.failing.is_some() || machine.process.as_ref().is_some_and(|p| p.disk_failed)
         };
@@ -254,8 +255,13 @@ impl Cluster {
         if !other_good || self.machines.iter().any(sick) {
             return;
         }
-        let what = [Failing::Read, Failing::Write, Failing::Flush];
-        self.machines[node].failing = Some(self.chance.trouble.pick(&what));
+        let second = self.scenario.second.map(|plan| plan.point);
+        let what: &[Failing] = if second == Some(Point::Heal) {
+            &[Failing::Read]
+        } else {
+            &[Failing::Read, Failing::Write, Failing::Flush]
+        };
+        self.machines[node].failing = Some(self.chance.trouble.pick(what));
     }
 
     /// The operator moves the role to another node, perhaps twice in a row.
@@ -323,6 +329,7 @@ impl Cluster {
         {
             let command = Command::SetTarget { service, target };
             drop(self.commit_now(node, &command));
+            self.target = target;
         }
     }
 

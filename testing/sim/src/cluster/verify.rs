@@ -70,7 +70,8 @@ impl Cluster {
     fn become_whole(&mut self) -> Verdict {
         self.load.writes_answered = 0;
         let until = self.queue.now() + HEAL_WITHIN;
-        while self.queue.now() < until {
+        // A second fault, while it heals, begins the time anew.
+        while self.queue.now() < until.max(self.second.over_at + HEAL_WITHIN) {
             self.step()?;
             if self.is_whole() || self.needs_repair() {
                 return Ok(());
@@ -104,6 +105,7 @@ impl Cluster {
         self.marks
             .reached("the disk of a secondary hangs, its daemon lives");
         self.machines[node].hung = true;
+        self.second.off = true;
         self.load.writes_answered = 0;
         let clients = self.scenario.clients as u64;
         let until = self.queue.now() + SERVES_WITHOUT_WITHIN;
@@ -114,6 +116,7 @@ impl Cluster {
             |cluster| cluster.load.writes_answered > 2 * clients,
         )?;
         self.machines[node].hung = false;
+        self.second.off = false;
         let until = self.queue.now() + HEAL_WITHIN;
         self.wait_for(
             until,
@@ -124,6 +127,7 @@ impl Cluster {
 
     fn is_whole(&self) -> bool {
         self.load.writes_answered >= 3
+            && self.queue.now() >= self.second.over_at
             && (self.replaced.is_none() || self.scenario.repair_late && !self.repairing)
             && self.all_in_sync(false)
             && self.open_primary().is_some()

@@ -8,6 +8,20 @@ const SEEDS: u64 = 10_000;
 /// From so many seeds on, every mark must have been reached.
 const SEEDS_FOR_COVERAGE: u64 = 2_000;
 
+/// The same with the real managers, of what they must have met.
+const MANAGED_FOR_COVERAGE: u64 = 400;
+const MANAGED_MARKS: &[&str] = &[
+    "commit: force",
+    "split brain was seen",
+    "split brain was decided for the history in force",
+    "split brain was decided for the other history",
+    "a history gave way",
+    "protocol A: switchover to such a replica",
+    "second fault at: promotion, before it opens",
+    "second fault at: the end of a resync, before the join",
+    "second fault: the control log was out of reach",
+];
+
 /// One run with the real managers for so many without.
 const MANAGED_SHARE: u64 = 10;
 
@@ -63,6 +77,17 @@ fn real_managers_keep_every_promise() {
         totals.runs, totals.events
     ));
     assert_eq!(totals.runs, seeds);
+    if seeds >= MANAGED_FOR_COVERAGE {
+        let missing: Vec<&str> = MANAGED_MARKS
+            .iter()
+            .copied()
+            .filter(|mark| totals.marks.count(mark) == 0)
+            .collect();
+        assert!(
+            missing.is_empty(),
+            "never reached in {seeds} seeds with real managers: {missing:?}"
+        );
+    }
 }
 
 #[test]
