@@ -18,6 +18,9 @@ use crate::{
     trace::Trace,
 };
 
+/// From so many seeds on, every situation that has a mark must have been reached.
+pub const SEEDS_FOR_COVERAGE: u64 = 2_000;
+
 /// A run that broke a promise, or in which a core panicked.
 #[derive(Clone, Debug)]
 pub struct Failure {
@@ -179,7 +182,8 @@ impl Totals {
         self.marks.add(&summary.marks);
     }
 
-    fn add(&mut self, other: Self) {
+    /// Adds what another batch gave.
+    pub fn add(&mut self, other: Self) {
         self.runs += other.runs;
         self.events += other.events;
         self.answered += other.answered;

@@ -13,10 +13,7 @@
 //! * a failed write or flush did some of it, and what it did not make durable is never made
 //!   durable by a later flush (the lesson of the fsync studies).
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    rc::Rc,
-};
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use relevo_replication::{DiskError, DiskOp, DiskOpKind, DiskReply, OpId};
@@ -27,11 +24,12 @@ use crate::{rng::Rng, stamp::SECTOR};
 const PAGE: usize = 4096;
 const SECTOR_U64: u64 = SECTOR as u64;
 
-type Page = Rc<[u8; PAGE]>;
+const ZEROES: [u8; PAGE] = [0; PAGE];
 
-/// Sparse bytes; what was never written is zero.
+/// Sparse bytes by pages of [`PAGE`] bytes; what was never written is zero. A page that was written whole shares the
+/// memory of the write: most of what a run does with blocks copies nothing.
 #[derive(Clone, Debug, Default)]
-struct Pages(BTreeMap<u64, Page>);
+struct Pages(BTreeMap<u64, Bytes>);
 
 /// Content that was written somewhere.
 #[derive(Clone, Debug)]
@@ -272,19 +270,19 @@ impl Disk {
 
     /// What a read of a block gives now; `None`: zeroes.
     #[must_use]
-    pub fn block(&self, block: u64) -> Option<&[u8; PAGE]> {
-        self.view.0.get(&block).map(|page| &**page)
+    pub fn block(&self, block: u64) -> Option<&Bytes> {
+        self.view.0.get(&block)
     }
 
     /// What a power loss leaves of a block for certain; `None`: zeroes.
     #[must_use]
-    pub fn durable_block(&self, block: u64) -> Option<&[u8; PAGE]> {
-        self.durable.0.get(&block).map(|page| &**page)
+    pub fn durable_block(&self, block: u64) -> Option<&Bytes> {
+        self.durable.0.get(&block)
     }
 
     /// What a read of a range gives now, for checkers that read metadata.
     #[must_use]
-    pub fn view_bytes(&self, range: ByteRange) -> Vec<u8> {
+    pub fn view_bytes(&self, range: ByteRange) -> Bytes {
         self.view.read(range)
     }
 
@@ -294,14 +292,19 @@ impl Disk {
     }
 
     fn read(&self, range: ByteRange, rng: &mut Rng) -> Bytes {
-        let mut bytes = self.view.read(range);
-        for entry in self.in_flight.values() {
-            let Some(change) = change(&entry.kind) else {
-                continue;
-            };
-            if !range.overlaps(&ByteRange::new(change.offset, change.len)) {
-                continue;
-            }
+        let bytes = self.view.read(range);
+        let overlaps =
+            |kind: &DiskOpKind| changes(kind) && span(kind).is_some_and(|r| r.overlaps(&range));
+        let mut under_way = self
+            .in_flight
+            .values()
+            .filter(|entry| overlaps(&entry.kind))
+            .peekable();
+        if under_way.peek().is_none() {
+            return bytes;
+        }
+        let mut bytes = Vec::from(bytes);
+        for change in under_way.filter_map(|entry| change(&entry.kind)) {
             for part in torn(&change, rng) {
                 part.copy_into(range.offset, &mut bytes);
             }
@@ -324,17 +327,23 @@ impl Pages {
                 Some(data) if len == PAGE && is_zero(&data[skip..skip + len]) => {
                     self.0.remove(&number);
                 }
+                Some(data) if len == PAGE => {
+                    self.0.insert(number, data.slice(skip..skip + len));
+                }
                 Some(data) => {
-                    let page = self.0.entry(number).or_insert_with(|| Rc::new([0; PAGE]));
-                    Rc::make_mut(page)[within..within + len]
-                        .copy_from_slice(&data[skip..skip + len]);
+                    let page = self.0.get(&number).map_or(&ZEROES[..], |page| page);
+                    let mut page = page.to_vec();
+                    page[within..within + len].copy_from_slice(&data[skip..skip + len]);
+                    self.0.insert(number, page.into());
                 }
                 None if len == PAGE => {
                     self.0.remove(&number);
                 }
                 None => {
                     if let Some(page) = self.0.get_mut(&number) {
-                        Rc::make_mut(page)[within..within + len].fill(0);
+                        let mut altered = page.to_vec();
+                        altered[within..within + len].fill(0);
+                        *page = altered.into();
                     }
                 }
             }
@@ -342,13 +351,21 @@ impl Pages {
         }
     }
 
-    fn read(&self, range: ByteRange) -> Vec<u8> {
-        let mut bytes = vec![0; usize::try_from(range.len).unwrap_or(0)];
-        let first = range.offset / PAGE as u64;
-        for (number, page) in self.0.range(first..range.end().div_ceil(PAGE as u64)) {
-            overlay(number * PAGE as u64, &page[..], range.offset, &mut bytes);
+    fn read(&self, range: ByteRange) -> Bytes {
+        let len = usize::try_from(range.len).unwrap_or(0);
+        let number = range.offset / PAGE as u64;
+        let within = usize::try_from(range.offset % PAGE as u64).unwrap_or(0);
+        if within + len <= PAGE {
+            let page = self.0.get(&number);
+            return page
+                .map_or(Bytes::from_static(&ZEROES), Bytes::clone)
+                .slice(within..within + len);
         }
-        bytes
+        let mut bytes = vec![0; len];
+        for (number, page) in self.0.range(number..range.end().div_ceil(PAGE as u64)) {
+            overlay(number * PAGE as u64, page, range.offset, &mut bytes);
+        }
+        bytes.into()
     }
 }
 
@@ -404,9 +421,9 @@ fn change(kind: &DiskOpKind) -> Option<Change> {
     }
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
-    let (words, rest) = bytes.as_chunks::<8>();
-    words.iter().all(|word| *word == [0; 8]) && rest.iter().all(|byte| *byte == 0)
+/// Whether a page is all zeroes.
+fn is_zero(page: &[u8]) -> bool {
+    page == ZEROES
 }
 
 /// What became of a write that was cut short: nothing, all, or some of its sectors.
@@ -465,8 +482,8 @@ mod tests {
             disk.complete(OpId(2), &mut rng).unwrap();
             disk.complete(OpId(3), &mut rng).unwrap();
             disk.lose_power(&mut rng);
-            assert_eq!(disk.block(0), Some(&[1; PAGE]));
-            covered += usize::from(disk.block(1) == Some(&[2; PAGE]));
+            assert_eq!(disk.block(0).map(|page| &page[..]), Some(&[1; PAGE][..]));
+            covered += usize::from(disk.block(1).is_some_and(|page| page[..] == [2; PAGE]));
         }
         assert!(
             (1..50).contains(&covered),
@@ -502,7 +519,11 @@ mod tests {
             disk.fail(OpId(2), &mut rng).unwrap();
             disk.submit(flush(3)).unwrap();
             disk.complete(OpId(3), &mut rng).unwrap();
-            assert_eq!(disk.block(0), Some(&[1; PAGE]), "the cache still shows it");
+            assert_eq!(
+                disk.block(0).map(|page| &page[..]),
+                Some(&[1; PAGE][..]),
+                "the cache still shows it"
+            );
             disk.lose_power(&mut rng);
             lost += usize::from(disk.block(0).is_none());
         }

@@ -1,6 +1,9 @@
 //! `sim`: runs seeds by hand.
 
-use std::process::ExitCode;
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use clap::Parser;
 use sim::{
@@ -9,6 +12,10 @@ use sim::{
     scenario::{CrashPoint, Planted, Scenario},
     trace::Trace,
 };
+
+/// Seeds of a spell of a night, and how many of them run with the real managers as well.
+const SPELL: u64 = 2000;
+const SPELL_MANAGED: u64 = 200;
 
 /// Runs simulated clusters and checks every promise after every step.
 #[derive(Parser, Debug)]
@@ -23,8 +30,11 @@ struct Arguments {
     #[arg(long, default_value_t = 1000)]
     seeds: u64,
     /// Begin with this one.
-    #[arg(long, default_value_t = 0)]
-    from: u64,
+    #[arg(long)]
+    from: Option<u64>,
+    /// For nights: run seeds that nobody ran before for so long, a tenth of them with the real managers as well.
+    #[arg(long, conflicts_with_all = ["seeds", "seed", "managed"])]
+    minutes: Option<u64>,
     /// Threads; all cores when not given.
     #[arg(long)]
     threads: Option<usize>,
@@ -68,7 +78,10 @@ fn main() -> ExitCode {
             }
         }
         (Some(seed), None) => one(seed, &arguments),
-        (None, _) => many(&arguments, threads),
+        (None, _) => match arguments.minutes {
+            Some(minutes) => night(&arguments, threads, Duration::from_secs(60 * minutes)),
+            None => many(&arguments, threads),
+        },
     }
 }
 
@@ -111,32 +124,81 @@ fn one(seed: u64, arguments: &Arguments) -> ExitCode {
 }
 
 fn many(arguments: &Arguments, threads: usize) -> ExitCode {
-    let range = arguments.from..arguments.from + arguments.seeds;
-    let totals = batch::run_many_until(range, threads, arguments.failures, |seed| {
-        scenario_of(seed, arguments)
-    });
+    let from = arguments.from.unwrap_or(0);
+    let begin = Instant::now();
+    let totals = batch::run_many_until(
+        from..from + arguments.seeds,
+        threads,
+        arguments.failures,
+        |seed| scenario_of(seed, arguments),
+    );
+    report(arguments, &totals, begin.elapsed())
+}
+
+/// Spells of seeds until the time is over, or as many have failed as may.
+fn night(arguments: &Arguments, threads: usize, time: Duration) -> ExitCode {
+    // The clock's seconds, spread out: two nights have no seed in common.
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH);
+    let spread = clock.map_or(1, |clock| clock.as_secs()) * 1_000_000;
+    let mut from = arguments.from.unwrap_or(spread);
+    let begin = Instant::now();
+    let mut totals = batch::Totals::default();
+    while begin.elapsed() < time && totals.failures.len() < arguments.failures {
+        for (seeds, managed) in [(SPELL, false), (SPELL_MANAGED, true)] {
+            totals.add(batch::run_many_until(
+                from..from + seeds,
+                threads,
+                arguments.failures,
+                |seed| {
+                    let mut scenario = scenario_of(seed, arguments);
+                    if managed {
+                        scenario = Scenario::managed(seed);
+                    }
+                    scenario
+                },
+            ));
+        }
+        from += SPELL;
+        println!(
+            "{} minutes: {} seeds, up to {from}; {} failed",
+            begin.elapsed().as_secs() / 60,
+            totals.runs,
+            totals.failures.len()
+        );
+    }
+    report(arguments, &totals, begin.elapsed())
+}
+
+fn report(arguments: &Arguments, totals: &batch::Totals, time: Duration) -> ExitCode {
     if arguments.coverage {
         print!("{}", totals.marks.table());
     }
-    match totals.failures.first() {
-        Some(failure) => {
-            let code = fail(failure);
-            let failed = totals.failures.len() as u64;
-            eprintln!("{failed} of {} seeds failed", totals.runs + failed);
-            for failure in &totals.failures {
-                let what: String = failure.what.chars().take(300).collect();
-                eprintln!("  {}: {what}", failure.seed);
-            }
-            code
+    if let Some(failure) = totals.failures.first() {
+        let code = fail(failure);
+        let failed = totals.failures.len() as u64;
+        eprintln!("{failed} of {} seeds failed", totals.runs + failed);
+        for failure in &totals.failures {
+            let what: String = failure.what.chars().take(300).collect();
+            eprintln!("  {}: {what}", failure.arguments);
         }
-        None => {
-            println!(
-                "{} seeds: all promises kept; {} events, {} requests answered",
-                totals.runs, totals.events, totals.answered
-            );
-            ExitCode::SUCCESS
-        }
+        return code;
     }
+    // Schedules that reach nothing prove nothing.
+    let all_kinds = !arguments.managed && arguments.only.is_empty() && arguments.planted.is_none();
+    let missing = totals.marks.missing();
+    if all_kinds && totals.runs >= batch::SEEDS_FOR_COVERAGE && !missing.is_empty() {
+        eprintln!("never reached in {} seeds: {missing:?}", totals.runs);
+        return ExitCode::FAILURE;
+    }
+    println!(
+        "{} seeds: all promises kept; {} events, {} requests answered; {} s, {:.0} seeds a second",
+        totals.runs,
+        totals.events,
+        totals.answered,
+        time.as_secs(),
+        totals.runs as f64 / time.as_secs_f64()
+    );
+    ExitCode::SUCCESS
 }
 
 fn fail(failure: &batch::Failure) -> ExitCode {

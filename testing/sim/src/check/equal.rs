@@ -9,6 +9,8 @@ use crate::{
     stamp::{SECTORS_PER_BLOCK, WriteNo, read_block},
 };
 
+static ZEROES: [u8; 4096] = [0; 4096];
+
 const RULE: &str = "replicas in the in-sync set are equal when quiet (rule 4)";
 
 /// Compares the data areas of two replicas.
@@ -50,7 +52,9 @@ pub fn differing<'a>(
     numbers.sort_unstable();
     numbers.dedup();
     numbers.into_iter().filter(|block| {
-        const ZEROES: [u8; 4096] = [0; 4096];
-        one.block(*block).unwrap_or(&ZEROES) != other.block(*block).unwrap_or(&ZEROES)
+        // Whatever is all zeroes is none.
+        let (one, other) = (one.block(*block), other.block(*block));
+        let [one, other] = [one, other].map(|page| page.map_or(&ZEROES[..], |page| page));
+        one.as_ptr() != other.as_ptr() && one != other
     })
 }

@@ -61,7 +61,7 @@ impl Cluster {
             Event::Commit {
                 by,
                 incarnation,
-                command,
+                command: Box::new(command),
             },
         );
     }

@@ -74,7 +74,7 @@ enum Event {
     Commit {
         by: Index,
         incarnation: u64,
-        command: Command,
+        command: Box<Command>,
     },
     /// A node learns what was committed, up to a state of that number.
     Learn { node: Index, number: usize },

@@ -50,7 +50,7 @@ impl Cluster {
             if blocks.insert(block) {
                 let range = BlockRange::new(block, 1).bytes();
                 let disk = &mut self.machines[node].disk;
-                let mut bytes = disk.view_bytes(range);
+                let mut bytes = disk.view_bytes(range).to_vec();
                 let at = usize::try_from(range.len / 2).unwrap_or(0);
                 bytes[at] ^= 0x10;
                 disk.install(range.offset, &Bytes::from(bytes));

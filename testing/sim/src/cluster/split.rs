@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use relevo_replication::{Input, SaveId, SavePart};
 use relevo_types::{
     LineageId, ServiceId,
@@ -26,7 +27,7 @@ const LAST_CUTS_HEAL: Duration = Duration::from_millis(1600);
 const RULE: &str = "divergence is seen and never merged in silence (rule 9)";
 
 /// Blocks that were ever written, with their bytes.
-type Content = BTreeMap<u64, Vec<u8>>;
+type Content = BTreeMap<u64, Bytes>;
 
 /// A fork.
 #[derive(Debug)]
@@ -101,7 +102,7 @@ impl Cluster {
     fn content(&self, node: Index) -> Content {
         let disk = &self.machines[node].disk;
         let blocks = disk.blocks_below(self.scenario.blocks);
-        let content = blocks.filter_map(|block| Some((block, disk.block(block)?.to_vec())));
+        let content = blocks.filter_map(|block| Some((block, disk.block(block)?.clone())));
         content.collect()
     }
 

@@ -5,9 +5,6 @@ use sim::{batch, scenario::Scenario};
 /// Seeds run by default; `RELEVO_SIM_SEEDS` gives another number.
 const SEEDS: u64 = 10_000;
 
-/// From so many seeds on, every mark must have been reached.
-const SEEDS_FOR_COVERAGE: u64 = 2_000;
-
 /// The same with the real managers, of what they must have met.
 const MANAGED_FOR_COVERAGE: u64 = 400;
 const MANAGED_MARKS: &[&str] = &[
@@ -56,7 +53,7 @@ fn ten_thousand_seeds_keep_every_promise() {
         totals.marks.table()
     ));
     assert_eq!(totals.runs, seeds);
-    if seeds >= SEEDS_FOR_COVERAGE {
+    if seeds >= batch::SEEDS_FOR_COVERAGE {
         let missing = totals.marks.missing();
         assert!(
             missing.is_empty(),
