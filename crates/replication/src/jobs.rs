@@ -99,6 +99,14 @@ pub(crate) struct Jobs {
     pub(crate) table: Window<JobId, Job>,
 }
 
+impl Jobs {
+    /// Whether writes of applications wait for their position.
+    pub(crate) fn has_app_writes(&self) -> bool {
+        let is_app_write = |job: &Job| matches!(job.owner, Owner::AppWrite(_));
+        self.table.values().any(is_app_write)
+    }
+}
+
 impl Job {
     /// Whether it holds pins on its regions.
     pub(crate) fn is_pinned(&self) -> bool {

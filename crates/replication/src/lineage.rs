@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use relevo_types::{
-    BlockRange, LineageId, NodeId,
+    BlockRange, Epoch, LineageId, NodeId,
     cluster::{AfterSplitBrain, Volume, VolumeChange},
 };
 use relevo_wire::{Message, Refusal};
@@ -34,6 +34,18 @@ pub(crate) struct Lineages {
     pub(crate) splits: BTreeMap<NodeId, SplitBrain>,
     /// What this replica has of its own is being saved.
     saving: Option<Saving>,
+    /// The primary's history gives way to a peer's: no write begins from then on, since its answer would be a promise
+    /// about a history that is over.
+    yields: Option<Yield>,
+}
+
+/// The primary's history gives way.
+#[derive(Clone, Copy, Debug)]
+struct Yield {
+    /// Under this epoch. Once it was proposed it may be committed until the epoch is over.
+    epoch: Epoch,
+    to: NodeId,
+    proposed: bool,
 }
 
 /// What both sides of a link of two histories said.
@@ -254,20 +266,54 @@ impl Machine {
                 self.remember_split(cx, peer, split);
                 self.refuse_split(cx, peer);
             }
-            // Proposed; see `gives_way_to`.
+            Some((_, Verdict::InForceGivesWay)) if self.yields().is_none() => {
+                self.lineages.yields = self.primary().map(|primary| Yield {
+                    epoch: primary.epoch,
+                    to: peer,
+                    proposed: false,
+                });
+            }
             Some((_, Verdict::InForceGivesWay)) | None => {}
         }
     }
 
-    /// The primary's history gives way by commit: the replica that is kept is the in-sync set then.
+    fn yields(&self) -> Option<Yield> {
+        let epoch = self.primary()?.epoch;
+        self.lineages.yields.filter(|it| it.epoch == epoch)
+    }
+
+    /// Whether writes wait, because this history gives way.
+    pub(crate) fn is_yielding(&self) -> bool {
+        self.yields().is_some()
+    }
+
+    /// Looks again at what this history gives way to, while that was not proposed.
+    pub(crate) fn settle_yield(&mut self) {
+        let Some(Yield { to, proposed, .. }) = self.yields() else {
+            self.lineages.yields = None;
+            return;
+        };
+        let stands = |(_, verdict): (SplitBrain, Verdict)| verdict == Verdict::InForceGivesWay;
+        if proposed || self.verdict(to).is_some_and(stands) {
+            return;
+        }
+        // The link is gone, or a write that had begun before is one change now.
+        self.lineages.yields = None;
+    }
+
+    /// The primary's history gives way by commit: the replica that is kept is the in-sync set then. Proposed when no
+    /// write is under way, and again until the epoch is over.
     pub(crate) fn gives_way_to(&self) -> Option<VolumeChange> {
-        self.links.keys().find_map(|peer| {
-            let (_, verdict) = self.verdict(*peer)?;
-            (verdict == Verdict::InForceGivesWay).then_some(VolumeChange::GiveWay {
-                node: self.node(),
-                to: *peer,
-            })
-        })
+        let Yield { to, proposed, .. } = self.yields()?;
+        let node = self.node();
+        (proposed || !self.jobs.has_app_writes()).then_some(VolumeChange::GiveWay { node, to })
+    }
+
+    /// That was proposed: it may be committed at any time now.
+    pub(crate) fn proposed_to_give_way(&mut self) {
+        if let Some(yields) = &mut self.lineages.yields {
+            yields.proposed = true;
+        }
     }
 
     fn remember_split(&mut self, cx: &mut Cx<'_>, peer: NodeId, split: SplitBrain) {

@@ -258,6 +258,9 @@ impl Machine {
         {
             primary.pending_joins.insert(*node, *expect);
         }
+        if let Some((_, VolumeChange::GiveWay { .. })) = &wanted {
+            self.proposed_to_give_way();
+        }
         self.proposals.settle(cx, wanted);
     }
 

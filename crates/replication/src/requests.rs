@@ -196,6 +196,7 @@ impl Machine {
 
     fn has_room(&self) -> bool {
         !self.suspended
+            && !self.is_yielding()
             && self.primary().is_some_and(|primary| {
                 let open = primary.last_seq.0 - primary.complete.0;
                 self.gate.len() < JOBS_MAX

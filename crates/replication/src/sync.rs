@@ -229,6 +229,7 @@ impl Machine {
 
     /// Begins sessions, copies, ends resyncs.
     pub(crate) fn settle_sync(&mut self, cx: &mut Cx<'_>) {
+        self.settle_yield();
         let mut walk = Walk::default();
         while let Some(peer) = walk.next(&self.links) {
             self.settle_lineage(cx, peer);

@@ -194,6 +194,25 @@ fn who_wrote_nothing_since_the_fork_gives_way_without_a_word() {
 }
 
 #[test]
+fn a_history_that_gives_way_promises_nothing_any_more() {
+    let mut world = forked(&[]);
+    // The log does not hear what B proposes.
+    world.node(B).control = false;
+    meet(&mut world);
+    let late = world.write(B, 9, 1, 0xbb);
+    world.run();
+    assert!(!world.is_answered(late), "it would be lost");
+    // What was proposed may be committed at any time: nothing is taken back when the other is gone again.
+    world.cut(A, B);
+    world.pass_ms(1000);
+    assert!(!world.is_answered(late));
+    world.node(B).control = true;
+    world.pass_ms(1000);
+    assert!(world.volume().in_sync.contains(&A), "{:?}", world.volume());
+    assert!(world.is_answered(late) && !world.is_acked(late));
+}
+
+#[test]
 fn an_outdated_third_replica_without_changes_follows_the_forced_one() {
     let mut world = World::opened(3, 64, A);
     world.write(A, 0, 1, 0x10);

@@ -198,8 +198,8 @@ pub struct Cluster {
     second: second::Second,
     /// Whose reign is of a history that is not in force any more: clients stay away until they open anew.
     severed: BTreeSet<Index>,
-    /// A policy gave up the history in force.
-    went_back: bool,
+    /// Whose history was in force and gave way, by itself or by a policy.
+    went_back: BTreeSet<Index>,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
     /// A part or a disk failed: a person has to say `service start` after the repair. Layer 2.
@@ -324,7 +324,7 @@ impl Cluster {
             replaced: None,
             second: second::Second::new(seed),
             severed: BTreeSet::new(),
-            went_back: false,
+            went_back: BTreeSet::new(),
             target: None,
             person_needed: false,
             leader: None,

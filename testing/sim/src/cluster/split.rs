@@ -82,7 +82,7 @@ impl Cluster {
     /// The history in force gives way to that of a replica outside the set.
     pub(super) fn went_back(&mut self, from: Index, to: Index) {
         self.marks.reached("a policy decided");
-        self.went_back = true;
+        self.went_back.insert(from);
         self.truth_is_on(to);
         self.severed.insert(from);
     }
@@ -150,7 +150,7 @@ impl Cluster {
         // Now and then it writes nothing.
         self.quiet = self.chance.trouble.chance(20.0);
         self.some_time(400)?;
-        let both = theirs != fork && self.content(forced) != fork;
+        let both = theirs != fork && self.content(forced) != fork && self.went_back.is_empty();
         self.mend_network();
         let mut scene = Scene {
             old,
@@ -162,7 +162,7 @@ impl Cluster {
             both,
         };
         self.meet(&mut scene)?;
-        if self.went_back {
+        if !self.went_back.is_empty() {
             scene.loser = None;
         }
         self.severed.clear();
@@ -271,7 +271,11 @@ impl Cluster {
             scene.policy,
             AfterSplitBrain::Disconnect | AfterSplitBrain::DiscardZeroChanges
         );
-        if scene.both && by_hand && !decided {
+        // Whose history was in force gave way because it had nothing of its own; any other loser that has
+        // something is a person's choice.
+        let gave_way =
+            !self.went_back.contains(&scene.old) && !self.machines[scene.old].saved.is_empty();
+        if (scene.both && self.went_back.is_empty() || gave_way) && by_hand && !decided {
             return Err(Violation::new(
                 RULE,
                 format!("both had changes, and nobody decided ({:?})", scene.policy),

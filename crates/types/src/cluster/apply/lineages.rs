@@ -43,10 +43,18 @@ impl Volume {
         self.check_usable(to)?;
         self.primary = None;
         let lineage = self.new_lineage();
+        // Who gave way, and whoever was in sync with it, does not come back, or a policy by which the newest history gives way would never come to
+        // an end. The others are judged when they are met: nobody decided about what they have.
+        let given_up = self
+            .replicas
+            .iter()
+            .filter(|(_, replica)| replica.gives_way);
+        let mut given_up: BTreeSet<NodeId> = given_up.map(|(at, _)| *at).collect();
+        given_up.extend(&self.in_sync);
         self.put_in_force(to, lineage);
-        // Everybody: else the policy, by which the newest history may be the one that gives way, would
-        // never come to an end. What they have is saved.
-        self.let_outsiders_give_way();
+        for (at, replica) in &mut self.replicas {
+            replica.gives_way = given_up.contains(at) && *at != to;
+        }
         Ok(())
     }
 
@@ -210,5 +218,20 @@ mod tests {
         assert!(volume.lineage != first && volume.lineage != LineageId(77));
         assert_eq!(volume.in_sync, BTreeSet::from([A]));
         assert!(volume.replicas[&B].gives_way && !volume.replicas[&A].gives_way);
+    }
+
+    #[test]
+    fn who_gave_way_does_not_come_back_and_about_the_others_nobody_decided() {
+        let mut state = only_a();
+        let third = state.volumes[&V].replicas[&B].clone();
+        state.volumes.get_mut(&V).unwrap().replicas.insert(D, third);
+        let mut step = |it| change(&mut state, it).map(|()| state.volumes[&V].replicas.clone());
+        step(force(77, false)).unwrap();
+        step(VolumeChange::Promote { node: B }).unwrap();
+        let replicas = step(VolumeChange::GiveWay { node: B, to: D }).unwrap();
+        assert!(replicas[&B].gives_way && !replicas[&D].gives_way && !replicas[&A].gives_way);
+        step(VolumeChange::Promote { node: D }).unwrap();
+        let replicas = step(VolumeChange::GiveWay { node: D, to: A }).unwrap();
+        assert!(replicas[&B].gives_way && replicas[&D].gives_way && !replicas[&A].gives_way);
     }
 }
