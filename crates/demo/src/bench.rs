@@ -4,6 +4,8 @@
 //! NBD on the same node, measured in turns of a slice each. Machines do other things too, so only the
 //! ratio means much. Beside it a bare round trip on loopback: what a second replica can't do without.
 
+mod resync;
+
 use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
@@ -38,6 +40,9 @@ const OPEN_BOUND: Duration = Duration::from_secs(20);
 /// A request that takes longer has failed.
 const REQUEST_BOUND: Duration = Duration::from_secs(10);
 
+/// Size of the volumes in bytes.
+const SIZE: u64 = 256 << 20;
+
 /// How long each volume is measured before it is the other's turn.
 const SLICE: Duration = Duration::from_millis(500);
 
@@ -60,9 +65,9 @@ pub struct BenchArgs {
     #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub seconds: u64,
 
-    /// Size of the volumes
-    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = relevo_types::size::parse_size)]
-    pub size: u64,
+    /// Size of the volumes [default: 256MiB, with --resync 4GiB]
+    #[arg(long, value_name = "SIZE", value_parser = relevo_types::size::parse_size)]
+    pub size: Option<u64>,
 
     /// Replicas of the replicated volume
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(2..=3))]
@@ -76,6 +81,10 @@ pub struct BenchArgs {
     /// default the temporary directory (TMPDIR)
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
+
+    /// Measure instead how long a replica that was away takes to be in sync again, by how much it lacks
+    #[arg(long, conflicts_with_all = ["seconds", "replicas"])]
+    pub resync: bool,
 }
 
 /// A switch.
@@ -134,18 +143,22 @@ impl Figures {
 /// # Errors
 /// The cluster could not be built, or a request failed.
 pub fn run(args: &BenchArgs, json: bool) -> anyhow::Result<ExitCode> {
+    let directory = args.directory.clone().unwrap_or_else(std::env::temp_dir);
+    if args.resync {
+        return resync::run(&directory, args.size.unwrap_or(resync::SIZE), json);
+    }
+    let size = args.size.unwrap_or(SIZE);
     let surroundings = lab::enter(Some(Surroundings::Loopback))?;
     interrupt::install()?;
     let progress = Progress::new(json);
-    let directory = args.directory.clone().unwrap_or_else(std::env::temp_dir);
     let third = match args.replicas {
         3 => NodeKind::Data,
         _ => NodeKind::Witness,
     };
     let lab = Lab::build_in(&directory, surroundings, third, &progress)?;
     let nodes = &["one", "two", "three"][..usize::from(args.replicas).clamp(2, 3)];
-    let local = volume(&lab, "local", args.size, &nodes[..1], OnOff::On)?;
-    let replicated = volume(&lab, "replicated", args.size, nodes, args.tls)?;
+    let local = volume(&lab, "local", size, &nodes[..1], OnOff::On)?;
+    let replicated = volume(&lab, "replicated", size, nodes, args.tls)?;
     let round_trip_us = round_trip_us()?;
     let mut rows = Vec::new();
     for pattern in PATTERNS {

@@ -478,6 +478,27 @@ impl Lab {
         Ok(Duration::from_micros(ticks * 1_000_000 / per_second.max(1)))
     }
 
+    /// Bytes that arrived at a machine on one of its paths; `None` on loopback, where they can't be told
+    /// from those of others.
+    ///
+    /// # Errors
+    /// It has no such path, or its daemon does not run.
+    pub fn received_bytes(&self, name: &str, path: &str) -> anyhow::Result<Option<u64>> {
+        if !self.has_cables() {
+            return Ok(None);
+        }
+        let daemon = self.machine(name).daemon.as_ref();
+        let pid = daemon.context("its daemon does not run")?.id();
+        let devices = fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
+        let prefix = format!("{path}:");
+        let line = devices
+            .lines()
+            .find_map(|line| line.trim_start().strip_prefix(&prefix));
+        let bytes = line.and_then(|line| line.split_whitespace().next());
+        let bytes = bytes.with_context(|| format!("`{name}` has no path `{path}`"))?;
+        Ok(Some(bytes.parse().context("read /proc/PID/net/dev")?))
+    }
+
     /// Cuts or mends a machine's cables: those of one path, or all.
     ///
     /// # Errors

@@ -188,8 +188,9 @@ impl Metadata {
         let drops = commit.plan.as_ref().is_some_and(|plan| plan.drops);
         if wanted.bitmaps || drops {
             commit.half = Half::Pages;
+            let layout = *self.layout();
             for (id, generation, words) in self.bitmaps.take_unsaved() {
-                let offset = self.layout().bitmap_block(id.slot, id.page, generation);
+                let offset = layout.bitmap_block(id.slot, id.page, generation);
                 let block = bitmap::encode(id, self.tag, generation, &words);
                 commit.queue.push_back((offset, block));
             }

@@ -6,6 +6,7 @@ mod breakage;
 mod cluster;
 mod daemons;
 mod demo;
+mod large;
 mod metadata;
 mod resync;
 mod tidy;
