@@ -32,6 +32,7 @@ background() { "$@" >>"$work/log" 2>&1 & children+=($!); }
 
 clean_up() {
     local namespace pid
+    exec 2>/dev/null # the shell's words about what it kills
     for pid in ${children[@]+"${children[@]}"}; do kill "$pid" 2>/dev/null; done
     sleep 0.2
     # What forked away is still in its namespace.
@@ -45,7 +46,7 @@ clean_up() {
     for pid in ${children[@]+"${children[@]}"}; do kill -9 "$pid" 2>/dev/null; done
     wait 2>/dev/null
     ip link del "$bridge" 2>/dev/null
-    if [ -n "${KEEP:-}" ]; then say "files are kept in $work"; else rm -rf "$work"; fi
+    if [ -n "${KEEP:-}" ]; then echo "files are kept in $work"; else rm -rf "$work"; fi
 }
 trap clean_up EXIT
 trap 'exit 1' INT TERM

@@ -69,7 +69,8 @@ pub(super) fn run(directory: &Path, size: u64, json: bool) -> anyhow::Result<Exi
 fn measure(lab: &Lab, address: &NbdAddr, size: u64, blocks: u64) -> anyhow::Result<Row> {
     order(lab, &OrderRequest::Disconnect { node: None })?;
     wait_for(SYNC_BOUND, "`two` to leave the in-sync set", || {
-        lab.volume(VOLUME).filter(|volume| volume.in_sync == ["one"])
+        lab.volume(VOLUME)
+            .filter(|volume| volume.in_sync == ["one"])
     })?;
     write(address, size, blocks)?;
     let before = lab.received_bytes("two", "repl")?;
@@ -90,8 +91,9 @@ fn measure(lab: &Lab, address: &NbdAddr, size: u64, blocks: u64) -> anyhow::Resu
 /// An order to the replica on `two`.
 fn order(lab: &Lab, request: &OrderRequest) -> anyhow::Result<()> {
     let state_dir = &lab.machine("two").state_dir;
-    lab.api
-        .call(state_dir, async |client| client.order(VOLUME, request).await)?;
+    lab.api.call(state_dir, async |client| {
+        client.order(VOLUME, request).await
+    })?;
     Ok(())
 }
 
@@ -137,11 +139,16 @@ fn table(size: u64, rows: &[Row]) -> String {
     for row in rows {
         let dirty = row.dirty_bytes as f64;
         table.add_row([
-            format!("{:.1} % of {}", dirty / size as f64 * 100.0, format_size(size)),
+            format!(
+                "{:.1} % of {}",
+                dirty / size as f64 * 100.0,
+                format_size(size)
+            ),
             format_size(row.dirty_bytes),
             format!("{:.2}", row.seconds),
             format!("{:.0}", dirty / f64::from(1 << 20) / row.seconds),
-            row.received_bytes.map_or_else(|| "not known".to_owned(), format_size),
+            row.received_bytes
+                .map_or_else(|| "not known".to_owned(), format_size),
         ]);
     }
     for column in 0..=4 {

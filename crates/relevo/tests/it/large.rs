@@ -159,7 +159,10 @@ fn resident_at_most(daemon: &Daemon) -> u64 {
 fn expect_small(daemon: &Daemon) {
     let resident = resident_at_most(daemon);
     let name = daemon.name();
-    assert!(resident < RESIDENT_MAX, "{name} had {resident} bytes resident");
+    assert!(
+        resident < RESIDENT_MAX,
+        "{name} had {resident} bytes resident"
+    );
 }
 
 fn timed(act: impl FnOnce()) -> Duration {
