@@ -202,3 +202,32 @@ fn an_unknown_scene_names_the_known_ones() {
         "{words}"
     );
 }
+
+#[test]
+fn a_replica_that_returns_is_given_what_it_lacks() {
+    let directory = tempfile::tempdir().expect("directory");
+    let child = relevo()
+        .args(["bench", "--resync", "--size", "64MiB", "--json"])
+        .arg("--directory")
+        .arg(directory.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start the benchmark");
+    let report = report(&wait(child));
+    let returns = report["returns"].as_array().expect("returns");
+    let dirty: Vec<u64> = returns
+        .iter()
+        .map(|one| one["dirty_bytes"].as_u64().expect("bytes"))
+        .collect();
+    assert_eq!(dirty, [0, 16 << 12, 163 << 12, 1638 << 12]);
+    for one in returns {
+        let dirty = one["dirty_bytes"].as_u64().expect("bytes");
+        // On loopback nobody can tell.
+        if let Some(received) = one["received_bytes"].as_u64() {
+            let most = dirty + dirty / 8 + (64 << 10);
+            assert!((dirty..most).contains(&received), "{report:#}");
+        }
+    }
+    assert_nothing_left(directory.path());
+}
