@@ -19,6 +19,9 @@ use crate::{
     second::{Point, SecondFault},
 };
 
+/// Replicas of a volume at most.
+pub const REPLICAS_MAX: usize = 7;
+
 /// A bug put into the engine on purpose, to prove that the checkers catch it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Planted(pub PlantedBug);
@@ -122,9 +125,9 @@ pub struct CrashPoint {
 }
 
 /// The protocols of a seed. Chance of its own: what else a seed means does not change.
-fn mixture(seed: u64) -> ([Protocol; 3], Congestion, u64) {
+fn mixture(seed: u64) -> ([Protocol; REPLICAS_MAX], Congestion, u64) {
     let mut rng = Rng::new(seed, 6);
-    let mut protocols = [Protocol::C; 3];
+    let mut protocols = [Protocol::C; REPLICAS_MAX];
     if rng.chance(60.0) {
         for own in &mut protocols {
             *own = rng.pick(&[Protocol::A, Protocol::B, Protocol::C]);
@@ -231,7 +234,7 @@ pub struct Scenario {
     /// The short schedule of crash enumeration, not the seed's own.
     pub short: bool,
     /// Protocols of the replicas, at least one for each.
-    pub protocols: [Protocol; 3],
+    pub protocols: [Protocol; REPLICAS_MAX],
     /// Limits for replicas of protocol A.
     pub congestion: Congestion,
     /// Requests without a majority wait or fail.
@@ -254,7 +257,14 @@ impl Scenario {
     #[must_use]
     pub fn of_seed(seed: u64) -> Self {
         let mut rng = Rng::new(seed, 0);
-        let data_nodes = if rng.chance(40.0) { 2 } else { 3 };
+        let few = if rng.chance(40.0) { 2 } else { 3 };
+        // What can go wrong mostly can with three; more cost more time.
+        let mut many = Rng::new(seed, 12);
+        let data_nodes = if many.chance(6.0) {
+            many.pick(&[4, 5, REPLICAS_MAX])
+        } else {
+            few
+        };
         // Two voters can't lose one; it is the rare case, for the waits.
         let witness = if data_nodes == 2 {
             rng.chance(90.0)
@@ -370,7 +380,7 @@ impl Scenario {
             disk_us: 1000,
             net_us: 1000,
             short: true,
-            protocols: [Protocol::C; 3],
+            protocols: [Protocol::C; REPLICAS_MAX],
             ..Self::of_seed(seed)
         }
     }
