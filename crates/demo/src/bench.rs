@@ -145,7 +145,12 @@ impl Figures {
 pub fn run(args: &BenchArgs, json: bool) -> anyhow::Result<ExitCode> {
     let directory = args.directory.clone().unwrap_or_else(std::env::temp_dir);
     if args.resync {
-        return resync::run(&directory, args.size.unwrap_or(resync::SIZE), json);
+        return resync::run(
+            &directory,
+            args.size.unwrap_or(resync::SIZE),
+            args.tls,
+            json,
+        );
     }
     let size = args.size.unwrap_or(SIZE);
     let surroundings = lab::enter(Some(Surroundings::Loopback))?;

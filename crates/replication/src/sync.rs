@@ -16,7 +16,7 @@ use crate::{
     jobs::Owner,
     lab::PlantedBug,
     link::Walk,
-    machine::{Machine, body_of, is_zero, mask, slots_of},
+    machine::{Machine, is_zero, mask, slots_of},
     meter::Meter,
     ops::Cx,
     secondary::RUNS_PER_MESSAGE,

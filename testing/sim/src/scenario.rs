@@ -269,7 +269,8 @@ impl Scenario {
         let witness = if data_nodes == 2 {
             rng.chance(90.0)
         } else {
-            rng.chance(30.0)
+            // Seven voters is all there can be.
+            rng.chance(30.0) && data_nodes < REPLICAS_MAX
         };
         // Regions of the activity log have 256 blocks; the last one may be short.
         let blocks = rng.pick(&[100, 600, 1300, 2048]);

@@ -44,12 +44,12 @@ struct Row {
 }
 
 /// Measures and prints; `json`: one object instead of the table.
-pub(super) fn run(directory: &Path, size: u64, json: bool) -> anyhow::Result<ExitCode> {
+pub(super) fn run(directory: &Path, size: u64, tls: OnOff, json: bool) -> anyhow::Result<ExitCode> {
     let surroundings = lab::enter(None)?;
     interrupt::install()?;
     let progress = Progress::new(json);
     let lab = Lab::build_in(directory, surroundings, NodeKind::Witness, &progress)?;
-    let address = super::volume(&lab, VOLUME, size, &["one", "two"])?;
+    let address = super::volume(&lab, VOLUME, size, &["one", "two"], tls)?;
     let mut rows = Vec::new();
     for share in SHARES {
         let blocks = size / BLOCK_SIZE * share / 1000;

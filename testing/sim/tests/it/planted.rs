@@ -5,7 +5,7 @@ use relevo_types::cluster::Protocol;
 use sim::{
     batch,
     faults::Fault,
-    scenario::{Planted, Scenario},
+    scenario::{Planted, REPLICAS_MAX, Scenario},
 };
 
 /// Seeds after which a planted bug counts as not caught.
@@ -34,7 +34,8 @@ fn caught(bug: PlantedBug) {
         if bug == PlantedBug::GenerationDroppedEarly {
             // A follower is cut off with writes on the way; the others go on.
             scenario.data_nodes = 3;
-            scenario.protocols = [Protocol::C, Protocol::C, Protocol::A];
+            scenario.protocols = [Protocol::C; REPLICAS_MAX];
+            scenario.protocols[2] = Protocol::A;
             scenario.faults = vec![(Fault::CutPair, 1), (Fault::CutOneWay, 1)];
         }
         if bug == PlantedBug::HealFromAnybody {
