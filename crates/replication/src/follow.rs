@@ -149,7 +149,7 @@ impl Machine {
         };
         // First: what the abandoned reads let pass is not sent any more.
         if let Some(session) = self.session_mut(peer) {
-            session.restart(Stage::Ahead(id), id, epoch, cx.now);
+            session.restart(Stage::Ahead(id), epoch, cx.now);
         }
         // The acknowledgement of a write that it was sent must not clear the mark of a later one that
         // it was not: so no acknowledgement counts any more, and what it would have said is marked.
@@ -182,9 +182,8 @@ impl Machine {
         let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
             return;
         };
-        let number = self.next_id();
         if let Some(session) = self.session_mut(peer) {
-            session.restart(Stage::Starting, number, epoch, cx.now);
+            session.restart(Stage::Starting, epoch, cx.now);
             self.send(cx, peer, Message::StartSync { epoch });
         }
     }

@@ -28,8 +28,6 @@ const GENERATION: Duration = Duration::from_millis(100);
 /// The last generation that was begun on a link, of marks for one replica of protocol A.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Generation {
-    /// The session with that replica: what it acknowledged in an earlier one does not count.
-    session: u64,
     /// The last write before the begin.
     begun: Seq,
     /// The receiver may have marks from before the begin.
@@ -55,12 +53,11 @@ impl Machine {
         }
         self.generations_due = None;
         let mut unfinished = false;
-        for (follower, slot, session) in self.followers() {
+        for (follower, slot) in self.followers() {
             let acknowledged = self.acknowledged_by(slot);
             for receiver in self.links.keys().copied().collect::<Vec<_>>() {
                 if receiver != follower {
-                    unfinished |=
-                        self.next_generation(cx, receiver, (follower, session), slot, acknowledged);
+                    unfinished |= self.next_generation(cx, receiver, follower, slot, acknowledged);
                 }
             }
         }
@@ -69,17 +66,14 @@ impl Machine {
         }
     }
 
-    /// Replicas of protocol A that get every write and lack nothing else, with the numbers of their sessions.
-    fn followers(&self) -> Vec<(NodeId, ReplicaSlot, u64)> {
+    /// Replicas of protocol A that get every write and lack nothing else: whatever they were sent or not in
+    /// an earlier session, they have it.
+    fn followers(&self) -> Vec<(NodeId, ReplicaSlot)> {
         let sessions = self.links.iter().filter_map(|(peer, link)| {
             let session = link.session.as_ref()?;
             let slot = self.slot(*peer)?;
             let lacks_nothing = self.meta.bitmaps.of(slot).is_empty();
-            (session.stage == Stage::Following && lacks_nothing).then_some((
-                *peer,
-                slot,
-                session.number,
-            ))
+            (session.stage == Stage::Following && lacks_nothing).then_some((*peer, slot))
         });
         sessions.collect()
     }
@@ -100,7 +94,7 @@ impl Machine {
         &mut self,
         cx: &mut Cx<'_>,
         receiver: NodeId,
-        (follower, session): (NodeId, u64),
+        follower: NodeId,
         slot: ReplicaSlot,
         acknowledged: Seq,
     ) -> bool {
@@ -116,7 +110,6 @@ impl Machine {
             return false;
         }
         let known = receiving.generations.get(&follower).copied();
-        let known = known.filter(|known| known.session == session);
         let confirmed = match known {
             None => false,
             Some(known) if !known.older && known.begun == last => return false,
@@ -124,11 +117,7 @@ impl Machine {
             Some(_) => return true,
         };
         let older = known.is_none_or(|known| known.begun < last);
-        let begun = Generation {
-            session,
-            begun: last,
-            older,
-        };
+        let begun = Generation { begun: last, older };
         receiving.generations.insert(follower, begun);
         let message = Message::Generation {
             epoch,

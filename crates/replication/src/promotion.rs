@@ -371,9 +371,8 @@ impl Machine {
         self.opened = cx.now;
         self.role = Role::Primary(Primary::new(epoch, in_sync.clone()));
         for peer in in_sync {
-            let number = self.next_id();
             if let Some(link) = self.links.get_mut(&peer) {
-                link.session = Some(Session::in_sync(number, epoch, cx.now));
+                link.session = Some(Session::in_sync(epoch, cx.now));
                 let in_sync = members;
                 self.send(cx, peer, Message::EpochUpdate { epoch, in_sync });
             }

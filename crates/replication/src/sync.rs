@@ -43,8 +43,6 @@ const CHUNKS_MAX: usize = 128;
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) stage: Stage,
-    /// Tells this session, and what it is after a restart, from earlier ones.
-    pub(crate) number: u64,
     /// Where the last generation of marks for each replica of protocol A began on this link.
     pub(crate) generations: BTreeMap<NodeId, Generation>,
     /// The epoch of its begin, echoed in `Uncertain`.
@@ -102,10 +100,9 @@ impl Stage {
 }
 
 impl Session {
-    fn new(stage: Stage, number: u64, epoch: Epoch, began: Time) -> Self {
+    fn new(stage: Stage, epoch: Epoch, began: Time) -> Self {
         Self {
             stage,
-            number,
             generations: BTreeMap::new(),
             epoch,
             began,
@@ -125,8 +122,8 @@ impl Session {
     }
 
     /// A session with a member whose tail was reconciled.
-    pub(crate) fn in_sync(number: u64, epoch: Epoch, began: Time) -> Self {
-        Self::new(Stage::InSync, number, epoch, began)
+    pub(crate) fn in_sync(epoch: Epoch, began: Time) -> Self {
+        Self::new(Stage::InSync, epoch, began)
     }
 
     /// Once a session copies nothing any more, that is soon zero, and nothing is due.
@@ -150,9 +147,8 @@ impl Session {
     }
 
     /// What was being copied is no longer: it stays dirty. From now on the stage is another one.
-    pub(crate) fn restart(&mut self, stage: Stage, number: u64, epoch: Epoch, now: Time) {
+    pub(crate) fn restart(&mut self, stage: Stage, epoch: Epoch, now: Time) {
         self.stage = stage;
-        self.number = number;
         self.generations.clear();
         self.epoch = epoch;
         self.began = now;
@@ -270,9 +266,8 @@ impl Machine {
         let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
             return;
         };
-        let number = self.next_id();
         if let Some(link) = self.links.get_mut(&peer) {
-            link.session = Some(Session::new(Stage::Starting, number, epoch, cx.now));
+            link.session = Some(Session::new(Stage::Starting, epoch, cx.now));
             self.send(cx, peer, Message::StartSync { epoch });
         }
     }

@@ -33,13 +33,16 @@ pub enum Bug {
     /// An uncertain node that is promoted does not hear the evicted members either: they leave in the
     /// same step.
     UncertainDropsEvicted,
+    /// A generation of marks for a follower is forgotten before it acknowledged what they stand for
+    /// (rule 5).
+    GenerationDroppedEarly,
     /// Equal epochs count as equal histories when two lineages meet (rule 9).
     EqualEpochEqualData,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::AckBeforeLeave,
         Self::ClearOnSend,
         Self::LostLinkNotMarked,
@@ -54,6 +57,7 @@ impl Bug {
         Self::UncertainOpens,
         Self::LeaseNotWaitedOut,
         Self::UncertainDropsEvicted,
+        Self::GenerationDroppedEarly,
         Self::EqualEpochEqualData,
     ];
 }

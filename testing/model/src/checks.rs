@@ -116,7 +116,8 @@ impl Protocol {
         let there = |node: &usize| !self.is_lost(s, *node);
         let everyone = (0..self.nodes)
             .filter(there)
-            .fold(0, |all, node| all | bit(node));
+            .fold(0, |all, node| all | bit(node))
+            & self.may_be_members();
         if node >= self.nodes || self.is_lost(s, node) || config.in_sync != everyone {
             return false;
         }
@@ -133,7 +134,15 @@ impl Protocol {
                 .all(|node| known(&s.nodes[node]))
             && self.others(node).filter(there).all(|peer| {
                 let p = &s.nodes[peer];
-                n.peers[peer].stage == Stage::InSync && p.certain && p.content == n.content
+                let follows = self.follower == Some(peer);
+                let stage = if follows {
+                    Stage::Following
+                } else {
+                    Stage::InSync
+                };
+                // Members have forgotten what they marked for the follower.
+                let drained = follows || self.follower.is_none_or(|slot| p.dirty[slot] == 0);
+                n.peers[peer].stage == stage && p.certain && p.content == n.content && drained
             })
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::{
     bugs::Bug,
-    state::{Member, Message, NOBODY, Node, Peer, Role, Stage, State, block_of, pair},
+    state::{Generation, Member, Message, NOBODY, Node, Peer, Role, Stage, State, block_of, pair},
     steps::Protocol,
 };
 
@@ -46,6 +46,9 @@ impl Protocol {
         for (node, peer) in [(a, b), (b, a)] {
             self.drop_session(s, node, peer);
             let n = &mut s.nodes[node];
+            if n.peers[peer].reign != 0 {
+                n.forget_generations();
+            }
             n.peers[peer] = Peer {
                 pending_join: n.peers[peer].pending_join,
                 ..Peer::default()
@@ -64,12 +67,13 @@ impl Protocol {
         let n = &mut s.nodes[node];
         n.peers[peer].stage = Stage::None;
         n.peers[peer].busy = 0;
+        n.peers[peer].generation = Generation::default();
         for id in 1..=s.issued {
             let at = usize::from(id) - 1;
             if n.unacked[at] & bit(peer) != 0 {
                 n.unacked[at] &= !bit(peer);
                 if !self.has(Bug::LostLinkNotMarked) {
-                    n.dirty[peer] |= bit(block_of(id, self.blocks));
+                    self.mark(n, peer, bit(block_of(id, self.blocks)));
                 }
             }
         }
@@ -111,6 +115,7 @@ impl Protocol {
 
     pub(crate) fn begin_promotion(&self, s: &mut State, node: usize) {
         let n = &mut s.nodes[node];
+        n.forget_generations();
         self.fold_tail(n, node);
         n.end_reign();
         for peer in &mut n.peers {
@@ -250,7 +255,11 @@ impl Protocol {
             s.nodes[node].peers[peer].stage = Stage::Joining;
             return;
         }
-        s.nodes[node].peers[peer].stage = Stage::Barrier;
+        s.nodes[node].peers[peer].stage = if self.follower == Some(peer) {
+            Stage::Settling
+        } else {
+            Stage::Barrier
+        };
         for other in self.others(node).filter(|other| *other != peer) {
             let n = &s.nodes[node];
             let mut blocks = n.dirty[other];
@@ -522,6 +531,7 @@ impl Protocol {
         }
         self.close(s, node);
         let n = &mut s.nodes[node];
+        n.forget_generations();
         n.seen = epoch;
         n.peers[peer].reign = epoch;
         n.peers[peer].reconciles = false;
@@ -581,7 +591,7 @@ impl Protocol {
                 let n = &mut s.nodes[node];
                 n.tail &= !(bit(usize::from(complete)) - 1);
                 for slot in (0..self.nodes).filter(|slot| dirty_for & bit(*slot) != 0) {
-                    n.dirty[slot] |= bit(block);
+                    self.mark(n, slot, bit(block));
                 }
                 n.tail |= bit(usize::from(id) - 1);
                 n.content[block] = id;
@@ -602,6 +612,10 @@ impl Protocol {
                 if n.peers[peer].reconciles && !self.has(Bug::PushNotRemembered) {
                     n.dirty[node] |= bit(at);
                 }
+                // What a resync brings is what every member has.
+                if !n.peers[peer].reconciles && epoch >= n.seen {
+                    n.dirty[node] &= !bit(at);
+                }
                 n.content[at] = content;
                 n.hot |= bit(at);
                 Self::send(s, node, peer, Message::SyncAck { session, block });
@@ -621,7 +635,7 @@ impl Protocol {
             } => {
                 let n = &mut s.nodes[node];
                 if n.peers[peer].reign == epoch && epoch >= n.seen {
-                    n.dirty[usize::from(slot)] |= blocks;
+                    self.mark(n, usize::from(slot), blocks);
                 }
             }
             Message::EpochUpdate { epoch, in_sync } => {
@@ -667,7 +681,30 @@ impl Protocol {
                 let p = &mut s.nodes[node].peers[peer];
                 if p.stage == Stage::Barrier && p.began == session {
                     p.stage = Stage::Joining;
+                } else if p.stage == Stage::Settling && p.began == session {
+                    p.stage = Stage::Following;
+                    let epoch = s.nodes[node].known;
+                    Self::send(s, node, peer, Message::Following { epoch });
                 }
+            }
+            Message::Following { epoch } => {
+                if !self.check_reign(s, node, peer, epoch) {
+                    return false;
+                }
+                s.nodes[node].certain = true;
+            }
+            Message::Generation { epoch, confirmed } => {
+                if !self.check_reign(s, node, peer, epoch) {
+                    return false;
+                }
+                let n = &mut s.nodes[node];
+                if confirmed
+                    && n.generation
+                    && let Some(follower) = self.follower
+                {
+                    n.dirty[follower] &= n.newest;
+                }
+                (n.generation, n.newest) = (true, 0);
             }
             Message::Tail {
                 epoch,
@@ -687,6 +724,50 @@ impl Protocol {
             }
         }
         true
+    }
+
+    /// Whether a primary would begin a generation of marks for the follower at a peer, and that would
+    /// change something. When it does is a matter of time only.
+    pub(crate) fn generation_is_due(&self, s: &State, node: usize, peer: usize) -> bool {
+        let n = &s.nodes[node];
+        let Some(follower) = self.follower.filter(|it| *it != peer && *it != node) else {
+            return false;
+        };
+        let follows = n.peers[follower].stage == Stage::Following && n.dirty[follower] == 0;
+        if n.role != Role::Primary || !follows || n.peers[peer].stage != Stage::InSync {
+            return false;
+        }
+        // One is under way: two at once are as one.
+        let begins = |message: &Message| matches!(message, Message::Generation { .. });
+        if s.queues[node][peer].iter().any(begins) {
+            return false;
+        }
+        let last = s.issued;
+        let known = n.peers[peer].generation;
+        let acknowledged = (1..=known.at)
+            .all(|id| n.unacked[usize::from(id) - 1] & bit(follower) == 0)
+            || self.has(Bug::GenerationDroppedEarly);
+        !known.begun || (known.older || known.at != last) && acknowledged
+    }
+
+    pub(crate) fn begin_generation(&self, s: &mut State, node: usize, peer: usize) {
+        let (epoch, last) = (s.nodes[node].known, s.issued);
+        let known = s.nodes[node].peers[peer].generation;
+        s.nodes[node].peers[peer].generation = Generation {
+            begun: true,
+            at: last,
+            older: !known.begun || known.at < last,
+        };
+        let confirmed = known.begun;
+        Self::send(s, node, peer, Message::Generation { epoch, confirmed });
+    }
+
+    /// Marks blocks for the replica of a slot.
+    fn mark(&self, n: &mut Node, slot: usize, blocks: u8) {
+        n.dirty[slot] |= blocks;
+        if n.generation && self.follower == Some(slot) {
+            n.newest |= blocks;
+        }
     }
 
     fn epoch_update(
@@ -719,7 +800,7 @@ impl Protocol {
         let lacking = tail | if member { n.dirty[node] } else { 0 };
         for slot in self.others(node) {
             if everyone & !in_sync & bit(slot) != 0 {
-                n.dirty[slot] |= lacking;
+                self.mark(n, slot, lacking);
             }
         }
         for slot in 0..self.nodes {
@@ -736,6 +817,10 @@ impl Protocol {
 }
 
 impl Node {
+    fn forget_generations(&mut self) {
+        (self.generation, self.newest) = (false, 0);
+    }
+
     /// Below `next`, which is not issued yet: the write at or below which all of a reign are complete.
     pub(crate) fn complete(&self, next: u8) -> u8 {
         let open = (1..next).find(|id| self.open & bit(usize::from(*id) - 1) != 0);
@@ -751,6 +836,7 @@ impl Node {
         for peer in &mut self.peers {
             (peer.stage, peer.began, peer.busy) = (Stage::None, 0, 0);
             (peer.member, peer.pending_join) = (Member::Absent, 0);
+            peer.generation = Generation::default();
         }
     }
 

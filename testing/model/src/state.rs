@@ -1,7 +1,7 @@
 //! What there is: the control log, the nodes with what they remember and what they only know, the
 //! links. Sets of nodes, blocks and writes are masks.
 
-use crate::pack::Bits;
+use crate::{pack::Bits, steps::Protocol};
 
 /// Data nodes at most.
 pub const NODES: usize = 3;
@@ -86,6 +86,21 @@ pub enum Stage {
     Joining,
     /// In the set.
     InSync,
+    /// Of protocol A: the barrier is on its way, and nobody waits.
+    Settling,
+    /// Of protocol A: gets every write, is waited for by none.
+    Following,
+}
+
+/// The last generation of marks for the follower that a primary began on a link.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Generation {
+    /// There is one.
+    pub begun: bool,
+    /// The last write before its begin.
+    pub at: u8,
+    /// The receiver may have marks from before the begin.
+    pub older: bool,
 }
 
 /// What a node has towards one other.
@@ -105,6 +120,8 @@ pub struct Peer {
     pub reign: u8,
     /// Whether that reign still reconciles.
     pub reconciles: bool,
+    /// Of marks for the follower, as the primary told the peer.
+    pub generation: Generation,
 }
 
 /// A data node.
@@ -139,6 +156,10 @@ pub struct Node {
     pub role: Role,
     /// Blocks of all tails that a promotion was told.
     pub gathered: u8,
+    /// A generation of marks for the follower has begun here.
+    pub generation: bool,
+    /// What was marked for the follower since.
+    pub newest: u8,
     /// Received writes that are not known to be on every member.
     pub tail: u8,
     /// A step-down was asked for.
@@ -213,6 +234,13 @@ pub enum Message {
     Complete {
         epoch: u8,
         id: u8,
+    },
+    Following {
+        epoch: u8,
+    },
+    Generation {
+        epoch: u8,
+        confirmed: bool,
     },
 }
 
@@ -323,7 +351,8 @@ impl State {
     }
 
     /// All of it, for `count` nodes and `blocks` blocks. What no step depends on is not in it.
-    pub fn pack(&mut self, bits: &mut impl Bits, count: usize, blocks: usize, forced: bool) {
+    pub fn pack(&mut self, bits: &mut impl Bits, bounds: &Protocol) {
+        let (count, blocks, forced) = (bounds.nodes, bounds.blocks, bounds.budget.forced > 0);
         let per_block = u32::try_from(blocks).unwrap_or(8);
         bits.bits(&mut self.issued, 2);
         for id in 0..usize::from(self.issued) {
@@ -361,6 +390,9 @@ impl State {
                 bits.flag(&mut node.wrote);
             }
             node.pack(bits, count, blocks, per_block);
+            if bounds.follower.is_some() {
+                node.pack_generations(bits, count, per_block);
+            }
         }
         for (number, log) in (0..).zip(&mut self.logs[..lineages]) {
             bits.bits(&mut log.epoch, 4);
@@ -448,6 +480,25 @@ impl Node {
     }
 }
 
+impl Node {
+    /// What there is of generations, where there is a follower.
+    fn pack_generations(&mut self, bits: &mut impl Bits, count: usize, per_block: u32) {
+        bits.flag(&mut self.generation);
+        if self.generation {
+            bits.bits(&mut self.newest, per_block);
+        }
+        if self.role == Role::Primary {
+            for peer in &mut self.peers[..count] {
+                bits.flag(&mut peer.generation.begun);
+                if peer.generation.begun {
+                    bits.bits(&mut peer.generation.at, 2);
+                    bits.flag(&mut peer.generation.older);
+                }
+            }
+        }
+    }
+}
+
 const ROLES: [Role; 5] = [
     Role::Secondary,
     Role::Gathering,
@@ -455,13 +506,15 @@ const ROLES: [Role; 5] = [
     Role::Primary,
     Role::Yielding,
 ];
-const STAGES: [Stage; 6] = [
+const STAGES: [Stage; 8] = [
     Stage::None,
     Stage::Starting,
     Stage::Copying,
     Stage::Barrier,
     Stage::Joining,
     Stage::InSync,
+    Stage::Settling,
+    Stage::Following,
 ];
 const MEMBERS: [Member; 4] = [
     Member::Absent,
@@ -486,7 +539,7 @@ impl Message {
         let (mut kind, mut f) = self.fields();
         bits.bits(&mut kind, 4);
         let widths = match kind {
-            1 | 11 => [4, 0, 0, 0],
+            1 | 11 | 14 => [4, 0, 0, 0],
             2 => [4, per_block, 0, 0],
             3 => [4, 2, 2, 3],
             4 | 13 => [4, 2, 0, 0],
@@ -497,6 +550,7 @@ impl Message {
             9 => [4, 0, 0, 0],
             10 => [4, 3, 0, 0],
             12 => [4, per_block, 1, 0],
+            15 => [4, 1, 0, 0],
             _ => [0; 4],
         };
         for (field, width) in f.iter_mut().zip(widths) {
@@ -536,6 +590,8 @@ impl Message {
             Self::BarrierAck { session } => (9, [session, 0, 0, 0]),
             Self::EpochUpdate { epoch, in_sync } => (10, [epoch, in_sync, 0, 0]),
             Self::Reconcile { epoch } => (11, [epoch, 0, 0, 0]),
+            Self::Following { epoch } => (14, [epoch, 0, 0, 0]),
+            Self::Generation { epoch, confirmed } => (15, [epoch, confirmed as u8, 0, 0]),
             Self::Tail {
                 epoch,
                 blocks,
@@ -585,6 +641,11 @@ impl Message {
                 in_sync: b,
             },
             11 => Self::Reconcile { epoch: a },
+            14 => Self::Following { epoch: a },
+            15 => Self::Generation {
+                epoch: a,
+                confirmed: b != 0,
+            },
             12 => Self::Tail {
                 epoch: a,
                 blocks: b,

@@ -23,6 +23,8 @@ pub struct Protocol {
     pub budget: Budget,
     /// It begins with the primary alone in the set, the last node lost.
     pub alone: bool,
+    /// The node whose replica is of protocol A, if any: outside the set, and never promoted.
+    pub follower: Option<usize>,
     /// Nodes that may fail.
     pub failing: u8,
     /// Links that may break, as in [`State::links`].
@@ -81,6 +83,8 @@ pub enum Step {
     Renew { node: usize },
     /// A planned step-down is asked for.
     StepDown { node: usize },
+    /// The primary begins a generation of marks for the follower at a member.
+    Generation { from: usize, to: usize },
     /// A promotion waited long enough for members without a link.
     GraceOver { node: usize },
     /// An operator forces a node to be primary, by a log and lineage of its own.
@@ -96,10 +100,9 @@ impl Model for Protocol {
     type Step = Step;
 
     fn initial(&self) -> State {
-        let everyone = bit(self.nodes) - 1;
         let config = Config {
             primary: 0,
-            in_sync: everyone,
+            in_sync: self.may_be_members(),
         };
         let mut s = State {
             left: self.budget,
@@ -114,7 +117,12 @@ impl Model for Protocol {
             if node == 0 {
                 n.role = Role::Primary;
                 for peer in 1..self.nodes {
-                    (n.peers[peer].stage, n.peers[peer].began) = (Stage::InSync, 1);
+                    let stage = if self.follower == Some(peer) {
+                        Stage::Following
+                    } else {
+                        Stage::InSync
+                    };
+                    (n.peers[peer].stage, n.peers[peer].began) = (stage, 1);
                 }
             } else {
                 n.peers[0].reign = 1;
@@ -158,20 +166,13 @@ impl Model for Protocol {
 
     fn encode<'a>(&self, state: &State, into: &'a mut Writer) -> &'a [u8] {
         into.clear();
-        state
-            .clone()
-            .pack(into, self.nodes, self.blocks, self.budget.forced > 0);
+        state.clone().pack(into, self);
         into.finish()
     }
 
     fn decode(&self, bytes: &[u8]) -> State {
         let mut state = State::default();
-        state.pack(
-            &mut Reader::new(bytes),
-            self.nodes,
-            self.blocks,
-            self.budget.forced > 0,
-        );
+        state.pack(&mut Reader::new(bytes), self);
         state
     }
 }
@@ -194,6 +195,12 @@ impl Protocol {
         }
         s.nodes[0].seen = 2;
         s.nodes[self.nodes - 1].crash(false);
+    }
+
+    /// The nodes that may be in the in-sync set.
+    pub(crate) fn may_be_members(&self) -> u8 {
+        let everyone = bit(self.nodes) - 1;
+        everyone & !self.follower.map_or(0, bit)
     }
 
     const fn lineages(&self) -> usize {
@@ -252,6 +259,12 @@ impl Protocol {
             go(Step::Renew { node }, false, &|s| s.nodes[node].lease = true);
         }
         self.complete_positions(s, node, go);
+        for to in self.others(node) {
+            if self.generation_is_due(s, node, to) {
+                let step = Step::Generation { from: node, to };
+                go(step, false, &|s| self.begin_generation(s, node, to));
+            }
+        }
         for other in node + 1..self.nodes {
             if s.nodes[other].up && !s.linked(node, other) && !s.alarm {
                 let step = Step::Connect { a: node, b: other };

@@ -30,15 +30,20 @@ const fn protocol(nodes: usize, blocks: usize, writes: u8, budget: Budget) -> Pr
         writes,
         budget,
         alone: false,
+        follower: None,
         failing: 7,
         cut: 7,
         bug: None,
     }
 }
 
+fn for_nights() -> bool {
+    env::var_os("RELEVO_MODEL_MORE").is_some_and(|value| value == "1")
+}
+
 /// Explores all of it; `RELEVO_MODEL_MORE=1` adds one more of each fault that there is, for nights.
 fn holds(name: &str, mut protocol: Protocol) {
-    if env::var_os("RELEVO_MODEL_MORE").is_some_and(|value| value == "1") {
+    if for_nights() {
         let more = |count: &mut u8| *count += u8::from(*count > 0 && *count < 3);
         let budget = &mut protocol.budget;
         for count in [
@@ -186,6 +191,57 @@ fn three_nodes_of_which_one_is_lost() {
     holds("3 nodes, lease and loss", protocol(3, 1, 1, budget));
 }
 
+/// The last of three replicas is of protocol A.
+const fn with_follower(writes: u8, budget: Budget) -> Protocol {
+    Protocol {
+        follower: Some(2),
+        ..protocol(3, 1, writes, budget)
+    }
+}
+
+#[test]
+fn a_follower_whose_primary_is_replaced() {
+    let budget = Budget { leases: 1, ..NONE };
+    holds("follower, lease", with_follower(1, budget));
+}
+
+#[test]
+fn a_follower_that_loses_its_link() {
+    let budget = Budget {
+        crashes: 1,
+        breaks: 1,
+        ..NONE
+    };
+    let alone = Protocol {
+        follower: Some(1),
+        ..protocol(2, 1, 2, budget)
+    };
+    holds("2 nodes, a follower, crash and break", alone);
+    if for_nights() {
+        // Four million states; what it adds to the others is the planted bug's too.
+        let budget = Budget {
+            breaks: 1,
+            demotes: 1,
+            ..NONE
+        };
+        let broken = Protocol {
+            cut: 0b010,
+            ..with_follower(1, budget)
+        };
+        let report = explore(&broken, STATES_MAX);
+        let report = report.unwrap_or_else(|violation| panic!("model: {violation}"));
+        say(format_args!(
+            "model follower, step-down and break: {report}"
+        ));
+    }
+}
+
+#[test]
+fn a_follower_among_nodes_that_fail() {
+    let budget = Budget { crashes: 1, ..NONE };
+    holds("follower, crash", with_follower(1, budget));
+}
+
 /// The bounds in which a bug shows.
 fn bounds(bug: Bug) -> Protocol {
     let lease = Budget {
@@ -237,6 +293,7 @@ fn bounds(bug: Bug) -> Protocol {
                 ..NONE
             },
         ),
+        Bug::GenerationDroppedEarly => with_follower(1, lease),
         Bug::TailNotMarked | Bug::NoDirtyFor => lost,
         Bug::NoDirtyMap => Protocol {
             alone: true,
