@@ -23,3 +23,7 @@ pub use handle::{
     DatapathEvent, Gone, NbdAddress, OrderDone, SpawnError, VolumeHandle, VolumeStatus,
     VolumeTarget, VolumeThread, VolumeThreadConfig,
 };
+
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: allocations::Counting = allocations::Counting;

@@ -602,6 +602,33 @@ mod tests {
     }
 
     #[test]
+    fn a_write_of_one_part_allocates_nothing() {
+        let mut requests = Requests::default();
+        let data = Bytes::from(vec![7; 4096]);
+        let mut before = 0;
+        for n in 0..2000_u64 {
+            if n == 1000 {
+                // By now everything is as long as it gets.
+                before = allocations::so_far();
+            }
+            let range = ByteRange::new(n * 4096, 4096);
+            let data = data.clone();
+            let fua = false;
+            requests.submit(n, BlockRequest::Write { range, data, fua });
+            // Some are always under way.
+            if n >= 32 {
+                let (id, _) = requests.to_engine.pop_front().unwrap();
+                requests.reply(id, Ok(Bytes::new()));
+                assert_eq!(
+                    requests.finished.pop_front(),
+                    Some((n - 32, Ok(Bytes::new())))
+                );
+            }
+        }
+        assert_eq!(allocations::so_far(), before);
+    }
+
+    #[test]
     fn an_error_ends_the_whole_and_frees_its_blocks() {
         let mut engine = Engine::new(4 * 4096);
         engine.write(1, 100, vec![8; 5000]);

@@ -7,3 +7,6 @@ mod memory;
 mod session;
 mod skip;
 mod wire;
+
+#[global_allocator]
+static ALLOCATOR: allocations::Counting = allocations::Counting;

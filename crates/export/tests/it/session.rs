@@ -1,6 +1,6 @@
 //! The NBD session, byte by byte.
 
-use std::{io::IoSlice, sync::Arc};
+use std::{collections::VecDeque, io::IoSlice, sync::Arc};
 
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -638,4 +638,43 @@ proptest! {
             drain(&mut session);
         }
     }
+}
+
+/// Small and large ones, some always under way.
+#[test]
+fn writes_allocate_nothing() {
+    let mut session = serving("mail", false, false);
+    let stream: Vec<Vec<u8>> = [4096, 4096, 4096, 256 << 10]
+        .iter()
+        .map(|len| {
+            let mut bytes = request(0, WRITE, 7, 0, *len);
+            bytes.resize(bytes.len() + *len as usize, 9);
+            bytes
+        })
+        .collect();
+    let mut under_way = VecDeque::with_capacity(32);
+    let mut allocated = 0;
+    for round in 0..2000 {
+        let before = allocations::so_far();
+        let mut rest = &stream[round % stream.len()][..];
+        while !rest.is_empty() {
+            let taken = session.receive(rest);
+            rest = &rest[taken..];
+            while let Some(request) = session.next_request() {
+                under_way.push_back(request);
+            }
+        }
+        if under_way.len() > 16 {
+            let answered = under_way.pop_front().unwrap();
+            session.reply(answered.tag, Ok(Bytes::new()));
+            drop(answered);
+            let mut slices = [IoSlice::new(&[]); 4];
+            assert_eq!(session.output_slices(&mut slices), 1);
+            session.sent(16);
+        }
+        if round >= 1000 {
+            allocated += allocations::so_far() - before;
+        }
+    }
+    assert_eq!(allocated, 0, "in 1000 writes");
 }
