@@ -53,8 +53,8 @@ pub enum LayoutError {
 }
 
 impl Layout {
-    /// Blocks in a region: 1 MiB. Small enough that a crash leaves little to compare (256 active
-    /// regions: 256 MiB), large enough that steady writing rarely meets a cold one.
+    /// Blocks in a region: 1 MiB. Small enough that a crash leaves little to compare (900 active
+    /// regions: 900 MiB), large enough that steady writing rarely meets a cold one.
     pub const REGION_BLOCKS: u64 = 256;
 
     /// The largest volume: 1 PiB. Keeps page and region numbers well within 32 bits.

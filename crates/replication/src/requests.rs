@@ -30,9 +30,10 @@ const WRITE_BYTES_MAX: u64 = 64 << 20;
 /// fits a message.
 const DATA_PIECE_BLOCKS: u64 = 256;
 
-/// Longer writes of zeroes go in pieces of this many regions, but of at most this part of those
-/// that the activity log holds: 64 MiB. Each piece of cold regions costs flushes, so large is
+/// Longer writes of zeroes go in pieces of at most so many regions, 64 MiB, and of at most this part of those
+/// that the activity log holds. Each piece of cold regions costs flushes, so large is
 /// good, and leaves room for others.
+const ZERO_PIECE_REGIONS: usize = 64;
 const ZERO_PIECE_PART: usize = 4;
 
 /// The longest read: what NBD clients may ask for is below it.
@@ -226,8 +227,8 @@ impl Machine {
                 }
                 let limit = match body {
                     Body::Zeroes => {
-                        let regions = self.meta.activity.limit() / ZERO_PIECE_PART;
-                        regions.max(1) as u64 * Layout::REGION_BLOCKS
+                        let part = self.meta.activity.limit() / ZERO_PIECE_PART;
+                        part.clamp(1, ZERO_PIECE_REGIONS) as u64 * Layout::REGION_BLOCKS
                     }
                     Body::Data(_) => DATA_PIECE_BLOCKS,
                 };
