@@ -403,6 +403,7 @@ impl Owner {
             | VolumeEvent::Verified { .. }
             | VolumeEvent::SplitBrain { .. }
             | VolumeEvent::Healed { .. }
+            | VolumeEvent::Unreadable { .. }
             | VolumeEvent::GaveWay { .. } => {}
         }
         self.status_at = Time::ZERO;

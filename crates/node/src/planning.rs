@@ -132,6 +132,7 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
             service: id,
             node: from,
             failure,
+            ..
         } => (
             if failure.is_some() {
                 Level::Warning
@@ -160,6 +161,21 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
                 VolumeChange::Leave { .. } | VolumeChange::Join { .. } => {
                     format!("the in-sync set of volume {} changed", volume(id))
                 }
+                VolumeChange::Differs {
+                    node: of,
+                    differs: None,
+                    ..
+                } => format!(
+                    "what verification had found of volume {} on {} is settled",
+                    volume(id),
+                    node(of)
+                ),
+                VolumeChange::Differs { node: of, from, .. } => format!(
+                    "verification found the replica of volume {} on {} to differ from that on {}",
+                    volume(id),
+                    node(of),
+                    node(from)
+                ),
                 VolumeChange::Force { node: to, .. } => format!(
                     "the replica on {} is volume {} by force: a new history begins",
                     node(to),
@@ -177,6 +193,11 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
             };
             (Level::Info, Subject::Volume(*id), what)
         }
+        Command::DiskRepaired { service: id, .. } => (
+            Level::Info,
+            Subject::Service(*id),
+            format!("{} may run here again", service(id)),
+        ),
         Command::ReplicaCreated {
             volume: id,
             node: on,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use relevo_replication::io::DiskState;
 use relevo_types::{
-    NodeId, ServiceId, Time,
+    NodeId, ServiceId, Time, VolumeId,
     cluster::{ClusterState, Command, Part, Service, VolumeChange},
 };
 
@@ -66,6 +66,8 @@ pub(crate) struct Runner {
     pub(crate) reason: String,
     /// What it gives up for, when it does.
     failure: Option<String>,
+    /// That was the disk of this volume.
+    broken_disk: Option<VolumeId>,
     /// What it waits for now.
     pub(crate) waiting: Option<String>,
     /// When it is to be driven again.
@@ -119,6 +121,7 @@ impl Runner {
             since: now,
             reason: String::new(),
             failure: None,
+            broken_disk: None,
             waiting: None,
             wake: Time::NEVER,
         }
@@ -229,6 +232,7 @@ impl Runner {
             // the node starts again. A disk that failed is.
             if context.engines.disk(volume) == Some(DiskState::Failed) {
                 self.failure = Some(reason.clone());
+                self.broken_disk = Some(volume);
             }
             self.force(context.now, &reason);
         }
@@ -238,7 +242,10 @@ impl Runner {
             let over = match self.phase {
                 Phase::Cleaning | Phase::Forced => self.drive_forced(context, mine),
                 Phase::Starting => self.drive_starting(context),
-                Phase::Running => false,
+                Phase::Running => {
+                    self.waiting = self.held_below(context);
+                    false
+                }
                 Phase::Stopping => self.drive_stopping(context),
                 Phase::Releasing => self.drive_releasing(context),
             };
@@ -249,7 +256,7 @@ impl Runner {
     }
 
     /// A volume that parts stand on is no longer open: which and why.
-    fn closed_below(&self, context: &Context<'_>) -> Option<(relevo_types::VolumeId, String)> {
+    fn closed_below(&self, context: &Context<'_>) -> Option<(VolumeId, String)> {
         if !matches!(
             self.phase,
             Phase::Starting | Phase::Running | Phase::Stopping
@@ -257,7 +264,11 @@ impl Runner {
             return None;
         }
         self.slots.iter().find_map(|slot| match &slot.part {
-            Part::Volume(part) if slot.touched && !context.engines.is_open(part.volume) => {
+            Part::Volume(part)
+                if slot.touched
+                    && !context.engines.is_open(part.volume)
+                    && !context.engines.is_held(part.volume) =>
+            {
                 let why = context.engines.why_closed(part.volume, context.state);
                 Some((part.volume, why))
             }
@@ -265,7 +276,23 @@ impl Runner {
         })
     }
 
+    /// A volume whose requests wait for its disk, in words: nobody else has the data, so the service waits
+    /// with them. To stop it would only make its requests fail.
+    fn held_below(&self, context: &Context<'_>) -> Option<String> {
+        let volumes = self.slots.iter().filter_map(|slot| match &slot.part {
+            Part::Volume(part) if slot.touched => Some(part.volume),
+            _ => None,
+        });
+        let held = volumes.filter(|volume| context.engines.is_held(*volume));
+        held.map(|volume| context.engines.why_held(volume, context.state))
+            .next()
+    }
+
     fn drive_starting(&mut self, context: &mut Context<'_>) -> bool {
+        if let Some(held) = self.held_below(context) {
+            self.waiting = Some(held);
+            return false;
+        }
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
             if let Some((_, at)) = slot.order {
@@ -291,7 +318,10 @@ impl Runner {
                 if !context.engines.is_open(volume) {
                     match promote(context, volume, &self.name) {
                         Ok(waiting) => self.waiting = Some(waiting),
-                        Err(NotHere::Broken(failure)) => self.fail(context.now, failure),
+                        Err(NotHere::Broken(failure, disk)) => {
+                            self.fail(context.now, failure);
+                            self.broken_disk = disk.then_some(volume);
+                        }
                         // Nothing is wrong with this node; it may get the service again.
                         Err(NotHere::Behind(reason)) => self.stop(context.now, &reason),
                     }
@@ -424,6 +454,7 @@ impl Runner {
             service: self.service,
             node: context.me,
             failure: self.failure.clone(),
+            disk: self.broken_disk,
         };
         let revision = context.state.revision;
         context
@@ -518,25 +549,22 @@ impl Runner {
 
 /// Why this node can't be primary.
 enum NotHere {
-    /// Something failed: a person has to look at it.
-    Broken(String),
+    /// Something failed: a person has to look at it. Whether that is the disk.
+    Broken(String, bool),
     /// Its replica lacks writes: a resync mends that.
     Behind(String),
 }
 
 /// Makes this node primary of a volume. `Ok`: what is waited for; `Err`: it can't be.
-fn promote(
-    context: &mut Context<'_>,
-    id: relevo_types::VolumeId,
-    service: &str,
-) -> Result<String, NotHere> {
+fn promote(context: &mut Context<'_>, id: VolumeId, service: &str) -> Result<String, NotHere> {
     let Some(volume) = context.state.volumes.get(&id) else {
-        return Err(NotHere::Broken(format!("volume {id} does not exist")));
+        let reason = format!("volume {id} does not exist");
+        return Err(NotHere::Broken(reason, false));
     };
     let name = &volume.name;
     if context.engines.disk(id) == Some(DiskState::Failed) {
         let reason = format!("the disk of volume `{name}` is unusable here");
-        return Err(NotHere::Broken(reason));
+        return Err(NotHere::Broken(reason, true));
     }
     match volume.primary {
         Some(primary) if primary == context.me => Ok(context.engines.why_not_open(id, name)),
@@ -548,15 +576,10 @@ fn promote(
             "this node is not in sync on volume `{name}` any more"
         ))),
         None => {
-            let node = context.me;
             let command = Command::Volume {
                 volume: id,
                 expect: volume.epoch,
-                change: if context.engines.is_uncertain(id) {
-                    VolumeChange::PromoteUncertain { node }
-                } else {
-                    VolumeChange::Promote { node }
-                },
+                change: context.engines.promotion(id, context.me),
             };
             let reason = format!("{service}: this node holds the service and needs the volume");
             let revision = context.state.revision;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use relevo_planner::ReplicaView;
-use relevo_replication::io::{DiskState, EngineStatus, VolumeEvent};
+use relevo_replication::io::{DiskState, EngineStatus, VolumeEvent, promotion};
 use relevo_types::{
     NodeId, Time, VolumeId,
     cluster::{ClusterState, Command, ReplicaStanding, Volume, VolumeChange},
@@ -75,6 +75,7 @@ impl Engines {
                 | VolumeEvent::Peer { .. }
                 | VolumeEvent::Verified { .. }
                 | VolumeEvent::Healed { .. }
+                | VolumeEvent::Unreadable { .. }
                 | VolumeEvent::SplitBrain { .. }
                 | VolumeEvent::GaveWay { .. },
             )
@@ -97,6 +98,27 @@ impl Engines {
             .is_some_and(|engine| engine.status.open)
     }
 
+    /// Its disk failed, and its requests wait until data is accessible again.
+    pub(crate) fn is_held(&self, volume: VolumeId) -> bool {
+        self.engines
+            .get(&volume)
+            .is_some_and(|engine| engine.status.held)
+    }
+
+    /// What a service waits for whose volume is held.
+    pub(crate) fn why_held(&self, volume: VolumeId, state: &ClusterState) -> String {
+        let name = state
+            .volumes
+            .get(&volume)
+            .map_or_else(|| volume.to_string(), |volume| volume.name.clone());
+        let engine = self.engines.get(&volume);
+        let trouble = engine.and_then(|engine| engine.trouble.as_deref());
+        format!(
+            "volume `{name}` waits for accessible data (`on-no-data-accessible=suspend-io`): {}; repair the disk and run `relevo attach {name}`: the service goes on by itself",
+            trouble.unwrap_or("its disk failed")
+        )
+    }
+
     /// Primary by the configuration, but closed for good: it will not step down by itself.
     pub(crate) fn is_dead(&self, volume: VolumeId) -> bool {
         self.engines.get(&volume).is_some_and(|engine| {
@@ -104,11 +126,10 @@ impl Engines {
         })
     }
 
-    /// It may lack what it acknowledged, as far as is known.
-    pub(crate) fn is_uncertain(&self, volume: VolumeId) -> bool {
-        self.engines
-            .get(&volume)
-            .is_none_or(|engine| !engine.status.certain)
+    /// How this node asks to become primary.
+    pub(crate) fn promotion(&self, volume: VolumeId, me: NodeId) -> VolumeChange {
+        let engine = self.engines.get(&volume);
+        promotion(me, engine.map(|engine| &engine.status))
     }
 
     pub(crate) fn disk(&self, volume: VolumeId) -> Option<DiskState> {
@@ -201,7 +222,40 @@ impl Engines {
                         });
                     }
                     self.leave_to_holder(now, me, state, volume, proposals, out);
+                    self.forgive_disk(now, me, state, volume, proposals, out);
                 }
+            }
+        }
+    }
+
+    /// This node gave services up because its disk failed, and has all data on a disk that works: whatever
+    /// there was to repair is repaired. (A replica that had to leave the in-sync set is forgiven by its
+    /// join; this is for the last one, which never left.) A disk that fails again gives up again, and only
+    /// after it was attached anew.
+    fn forgive_disk(
+        &self,
+        now: Time,
+        me: NodeId,
+        state: &ClusterState,
+        volume: &Volume,
+        proposals: &mut Proposals,
+        out: &mut Vec<Effect>,
+    ) {
+        if self.disk(volume.id) != Some(DiskState::UpToDate) {
+            return;
+        }
+        for service in state.services.values() {
+            let record = service.failures.get(&me);
+            if record.is_some_and(|record| record.disk == Some(volume.id)) {
+                let command = Command::DiskRepaired {
+                    service: service.id,
+                    node: me,
+                };
+                let reason = format!(
+                    "{}: the disk of volume `{}` is in use again here",
+                    service.spec.name, volume.name
+                );
+                proposals.want(now, state.revision, command, &reason, out);
             }
         }
     }

@@ -10,10 +10,10 @@ use crate::{ReplicaView, Views};
 /// Whether a node can run a service.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Fitness {
-    /// It can; the less the better: 0 when all its replicas are known to be certain.
+    /// It can.
     Fit {
         /// How good a choice.
-        rank: u8,
+        rank: Rank,
     },
     /// It gave the service up before, and nothing else speaks against it.
     Failed {
@@ -31,6 +31,20 @@ pub enum Fitness {
         /// Why, to follow the node's name.
         reason: String,
     },
+}
+
+/// How good a choice a node is, the best one first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Rank {
+    /// All its replicas are known to be certain.
+    Certain,
+    /// One restarted uncleanly.
+    Uncertain,
+    /// One is not attached yet.
+    Attaching,
+    /// Verification found one to differ from another replica. Which of the two is right nobody knows, so
+    /// it is not kept from serving; but every node of which nothing is known is better.
+    Differs,
 }
 
 /// Judges a node for a service, from the replicated state and what is observed. `planner` is who
@@ -69,7 +83,7 @@ pub fn fitness(
     if let Some(reason) = member_is_unfit(state, views, planner, node) {
         return unfit(reason);
     }
-    let mut rank = 0;
+    let mut rank = Rank::Certain;
     for volume in volumes.into_iter().flatten() {
         if !volume.is_created() {
             return unfit(format!(
@@ -87,17 +101,20 @@ pub fn fitness(
             .get(&node)
             .and_then(|view| view.replicas.get(&volume.id));
         rank = rank.max(match replica {
-            Some(ReplicaView::Certain) => 0,
-            Some(ReplicaView::Uncertain) => 1,
-            Some(ReplicaView::Attaching) | None => 2,
+            Some(ReplicaView::Certain) => Rank::Certain,
+            Some(ReplicaView::Uncertain) => Rank::Uncertain,
+            Some(ReplicaView::Attaching) | None => Rank::Attaching,
             Some(ReplicaView::Failed) => {
                 return unfit(format!(
-                    "can't use its replica of volume `{}`: its disk failed or its metadata is \
-                     damaged",
+                    "can't use its replica of volume `{0}`: its disk failed or its metadata is \
+                     damaged (repair it and run `relevo attach {0}` there)",
                     volume.name
                 ));
             }
         });
+        if volume.replicas[&node].differs.is_some() {
+            rank = Rank::Differs;
+        }
     }
     match service.failures.get(&node) {
         Some(record) => Fitness::Failed {

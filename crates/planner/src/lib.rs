@@ -20,7 +20,7 @@ mod fitness;
 mod nodes;
 mod services;
 
-pub use fitness::{Fitness, fitness};
+pub use fitness::{Fitness, Rank, fitness};
 pub use services::should_release;
 
 /// Everything the planner looks at.

@@ -5,7 +5,7 @@ use relevo_types::{
     cluster::{ClusterState, Command, NodeKind, Service},
 };
 
-use crate::{Draft, Fitness, PlanInput, Views, fitness, listed};
+use crate::{Draft, Fitness, PlanInput, Rank, Views, fitness, listed};
 
 /// Finds a node for a service that nobody holds; explains what a held one waits for.
 pub(crate) fn plan_service(draft: &mut Draft, id: ServiceId, input: &PlanInput) {
@@ -104,7 +104,7 @@ fn explain_held(draft: &mut Draft, service: &Service, holder: NodeId, input: &Pl
 /// A service without a holder: the best node gets it.
 fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
     let judge = |node| fitness(&draft.state, &input.nodes, input.planner, service.id, node);
-    let mut fit: Vec<(bool, u8, NodeId)> = Vec::new();
+    let mut fit: Vec<(bool, Rank, NodeId)> = Vec::new();
     for node in draft.state.nodes.keys().copied() {
         if let Fitness::Fit { rank } = judge(node) {
             fit.push((service.target != Some(node), rank, node));
@@ -118,9 +118,13 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
     let name = &service.spec.name;
     let there = draft.state.node_name(node);
     let mut reason = match rank {
-        0 => format!("{name}: {there} can run it"),
-        1 => format!("{name}: {there} can run it, after an unclean stop"),
-        _ => format!("{name}: {there} can run it once its disks are attached"),
+        Rank::Certain => format!("{name}: {there} can run it"),
+        Rank::Uncertain => format!("{name}: {there} can run it, after an unclean stop"),
+        Rank::Attaching => format!("{name}: {there} can run it once its disks are attached"),
+        Rank::Differs => format!(
+            "{name}: {there} can run it and no better node can, but verification found its \
+             replica to differ from another one"
+        ),
     };
     match service.target {
         Some(target) if target == node => {

@@ -13,6 +13,7 @@ use relevo_wire::{Message, Refusal};
 
 use crate::{
     attach::{Attach, Loaded},
+    heal::{DISK_HANGS, disk_deadline},
     io::{
         DiskReply, DiskState, Effect, EngineConfig, EngineStatus, Input, PeerState, ReplyError,
         RequestId, VolumeEvent,
@@ -100,7 +101,8 @@ impl Engine {
     pub fn handle(&mut self, now: Time, input: Input, effects: &mut Vec<Effect>) {
         let mut cx = Cx { now, effects };
         let state = std::mem::replace(&mut self.state, State::Detached);
-        self.state = self.step(&mut cx, state, input);
+        let state = self.step(&mut cx, state, input);
+        self.state = self.give_up_hanging(&mut cx, state);
         if let State::Recovering(machine, _, parked) = &mut self.state
             && machine.failed.is_some()
         {
@@ -139,6 +141,12 @@ impl Engine {
                 machine.handle(cx, input);
                 recovered(cx, machine, recovery, parked)
             }
+            (State::Failed(_), Input::Detach) => {
+                // Requests that wait stay unanswered: their connections end, and who connects again may
+                // ask again.
+                cx.emit(Effect::Event(VolumeEvent::Detached));
+                State::Detached
+            }
             (State::Failed(mut failed), input) => {
                 failed.handle(cx, self.config.node, input);
                 State::Failed(failed)
@@ -165,11 +173,42 @@ impl Engine {
         }
     }
 
+    /// A disk that does not answer while it is being attached is given up like one in use. The daemon and
+    /// its other volumes never wait for it; this is so that it is told, and that the others are not kept
+    /// waiting by a replica that is in sync and can't say what it has.
+    fn give_up_hanging(&self, cx: &mut Cx<'_>, mut state: State) -> State {
+        if cx.now < self.attach_deadline(&state) {
+            return state;
+        }
+        match state {
+            State::Reading(_, _, parked) => {
+                let reason = format!(
+                    "{DISK_HANGS}, while it was attached; once it does, attach the volume again"
+                );
+                fail_attach(cx, self.config.node, parked, reason)
+            }
+            State::Recovering(ref mut machine, ..) => {
+                machine.disk_error(DISK_HANGS);
+                state
+            }
+            _ => state,
+        }
+    }
+
+    fn attach_deadline(&self, state: &State) -> Time {
+        let (oldest, parked) = match state {
+            State::Reading(_, ops, parked) => (ops.oldest(), parked),
+            State::Recovering(machine, _, parked) => (machine.ops.oldest(), parked),
+            _ => return Time::NEVER,
+        };
+        disk_deadline(parked.volume.as_deref(), self.config.node, oldest)
+    }
+
     fn attach(&self, cx: &mut Cx<'_>, parked: Parked) -> State {
         let mut ops = Ops::default();
         match Attach::begin(cx, &mut ops, &self.config) {
             Ok(attach) => State::Reading(Box::new(attach), ops, parked),
-            Err(reason) => fail_attach(cx, parked, reason),
+            Err(reason) => fail_attach(cx, self.config.node, parked, reason),
         }
     }
 
@@ -193,7 +232,7 @@ impl Engine {
         match read {
             Ok(None) => State::Reading(attach, ops, parked),
             Ok(Some(loaded)) => self.recover(cx, ops, parked, loaded),
-            Err(reason) => fail_attach(cx, parked, reason),
+            Err(reason) => fail_attach(cx, self.config.node, parked, reason),
         }
     }
 
@@ -232,9 +271,8 @@ impl Engine {
         match &self.state {
             State::Ready(machine) => machine.deadline(),
             State::Failed(failed) => failed.proposals.deadline(),
-            State::New(_) | State::Reading(..) | State::Recovering(..) | State::Detached => {
-                Time::NEVER
-            }
+            State::Reading(..) | State::Recovering(..) => self.attach_deadline(&self.state),
+            State::New(_) | State::Detached => Time::NEVER,
         }
     }
 
@@ -286,9 +324,9 @@ impl Engine {
             epoch,
             certain: false,
             in_flight: 0,
+            held: self.holds_requests(),
             waiting,
             peers: BTreeMap::<NodeId, PeerState>::new(),
-            out_of_sync: BTreeMap::new(),
             behind: BTreeMap::new(),
             sync_speeds: BTreeMap::new(),
             sync_same: BTreeMap::new(),
@@ -356,20 +394,26 @@ fn recovered(cx: &mut Cx<'_>, machine: Box<Machine>, recovery: Recovery, parked:
     State::Ready(parked.replay(cx, machine))
 }
 
-fn fail_attach(cx: &mut Cx<'_>, parked: Parked, reason: String) -> State {
+fn fail_attach(cx: &mut Cx<'_>, me: NodeId, parked: Parked, reason: String) -> State {
     for peer in parked.links {
         refuse_disk(cx, peer, &reason);
     }
     cx.emit(Effect::Event(VolumeEvent::DiskFailed {
         reason: reason.clone(),
     }));
-    State::Failed(Failed {
+    if parked.detach {
+        cx.emit(Effect::Event(VolumeEvent::Detached));
+        return State::Detached;
+    }
+    let mut failed = Failed {
         volume: parked.volume,
         reason,
         epoch: Epoch(0),
         proposals: Proposals::default(),
         held: None,
-    })
+    };
+    failed.propose(cx, me);
+    State::Failed(failed)
 }
 
 /// Ends a machine whose disk failed: requests are answered with errors, peers are told.
@@ -387,7 +431,7 @@ fn fail_machine(cx: &mut Cx<'_>, machine: &mut Machine, reason: String) -> Faile
     for peer in machine.links.keys() {
         refuse_disk(cx, *peer, &reason);
     }
-    if machine.is_open() {
+    if machine.is_open() && !holds {
         cx.emit(Effect::Event(VolumeEvent::Closed {
             reason: reason.clone(),
         }));
@@ -460,11 +504,6 @@ impl Failed {
                 Some(held) if held.len() < HELD_MAX => held.push(id),
                 _ => fail_requests(cx, vec![id]),
             },
-            Input::Detach => {
-                // Unanswered: their connections end, and who connects again may ask again.
-                self.held = None;
-                cx.emit(Effect::Event(VolumeEvent::Detached));
-            }
             Input::Order { id, .. } => cx.emit(Effect::OrderDone {
                 id,
                 result: Err(format!("its disk is not usable: {}", self.reason)),
@@ -475,6 +514,7 @@ impl Failed {
             | Input::Message { .. }
             | Input::Disk { .. }
             | Input::Demote
+            | Input::Detach
             | Input::Saved { .. }
             | Input::Tick => {}
         }

@@ -5,13 +5,18 @@
 //! is in sync has exactly what would have been read. What is written has the same content, so other
 //! reads may pass; but it is a write, so its regions must be hot first (rule 6).
 //!
+//! A replica that can't read what it shall compare with the primary's says that it differs.
+//!
 //! A disk gets few such chances: a block that can't be read again after it was written, or too many of
 //! them, and the replica leaves as after any other error. Errors of writes and flushes are never healed.
 
 use std::collections::BTreeMap;
 
 use bytes::{Bytes, BytesMut};
-use relevo_types::{BlockRange, ByteRange, Epoch, NodeId, Time, cluster::options::OnIoError};
+use relevo_types::{
+    BlockRange, ByteRange, Epoch, NodeId, Time,
+    cluster::{Volume, options::OnIoError},
+};
 use relevo_wire::{Body, Message};
 
 use crate::{
@@ -37,6 +42,24 @@ const RUNNING_MAX: usize = ASKED_MAX;
 
 /// Reads that are healed between two attachments: a disk with more bad places is going.
 const HEALED_MAX: u64 = 1000;
+
+/// What is said of a disk that is given up because it does not answer.
+pub(crate) const DISK_HANGS: &str = "the disk did not answer within `disk-timeout`";
+
+/// When a disk whose oldest operation began at `since` counts as failed if it does not answer. The last
+/// replica that is in sync has no such time: waiting for it is all that is left.
+pub(crate) fn disk_deadline(volume: Option<&Volume>, me: NodeId, since: Option<Time>) -> Time {
+    let Some(volume) = volume else {
+        return Time::NEVER;
+    };
+    let last = volume.in_sync.len() == 1 && volume.in_sync.contains(&me);
+    match (volume.options.disk_timeout.seconds, since) {
+        (Some(seconds), Some(since)) if !last => {
+            since + std::time::Duration::from_secs(seconds.into())
+        }
+        _ => Time::NEVER,
+    }
+}
 
 /// What is being healed, and what was.
 #[derive(Debug, Default)]
@@ -89,6 +112,19 @@ impl Machine {
         }
     }
 
+    /// A block that the primary asks to compare can't be read here. It is not the same, then: the primary
+    /// hears so, and what it copies writes the block anew. Losing all other blocks' redundancy for it would
+    /// mend nothing.
+    fn incomparable(&mut self, cx: &mut Cx<'_>, reply: Reply, id: u64, error: &str) {
+        if let Some(blocks) = self.digest_unreadable(cx, reply, id) {
+            self.heals.count += 1;
+            cx.emit(Effect::Event(VolumeEvent::Unreadable {
+                blocks,
+                error: error.to_owned(),
+            }));
+        }
+    }
+
     /// Whether the job is a read on the disk: one whose failure may be healed.
     pub(crate) fn is_read(&self, id: JobId) -> bool {
         self.jobs.table.get(&id).is_some_and(|job| !job.is_write())
@@ -128,6 +164,10 @@ impl Machine {
                 self.end_job(cx, id);
             }
             Some(Owner::Nobody) if self.passes_on() => self.end_job(cx, id),
+            Some(Owner::DigestRead(reply, number)) if self.heals.count < HEALED_MAX => {
+                self.end_job(cx, id);
+                self.incomparable(cx, reply, number, error);
+            }
             // It stays dirty, and who needs it does not join. On a new link it is tried again.
             Some(Owner::SyncRead(peer)) if self.passes_on() => {
                 self.end_job(cx, id);
@@ -280,27 +320,16 @@ impl Machine {
         self.heals.running.remove(&id);
     }
 
-    /// When a disk that does not answer counts as failed. The last replica that is in sync has no such
-    /// time: waiting for it is all that is left.
+    /// When the disk counts as failed if it does not answer.
     pub(crate) fn disk_deadline(&self) -> Time {
-        let Some(volume) = &self.volume else {
-            return Time::NEVER;
-        };
-        let me = self.node();
-        let last = volume.in_sync.len() == 1 && volume.in_sync.contains(&me);
-        match (volume.options.disk_timeout.seconds, self.ops.oldest()) {
-            (Some(seconds), Some(since)) if !last => {
-                since + std::time::Duration::from_secs(seconds.into())
-            }
-            _ => Time::NEVER,
-        }
+        disk_deadline(self.volume.as_deref(), self.node(), self.ops.oldest())
     }
 
     /// Gives up a disk that hangs. What it still does later is done to a backing that stays locked until
     /// then, so it can't fall on anything newer.
     pub(crate) fn settle_disk(&mut self, cx: &Cx<'_>) {
         if cx.now >= self.disk_deadline() {
-            self.disk_error("the disk did not answer within `disk-timeout`");
+            self.disk_error(DISK_HANGS);
         }
     }
 

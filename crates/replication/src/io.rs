@@ -299,7 +299,7 @@ pub enum VolumeEvent {
         /// Why.
         reason: String,
     },
-    /// A verification ended.
+    /// A verification ended, and the log has what it found.
     Verified {
         /// The replica that was compared with this node's.
         node: NodeId,
@@ -318,6 +318,14 @@ pub enum VolumeEvent {
         blocks: BlockRange,
         /// Whose replica had them.
         from: NodeId,
+        /// What the disk said.
+        error: String,
+    },
+    /// The disk here could not read all of these blocks, which the primary asked to compare: they count as
+    /// different.
+    Unreadable {
+        /// The blocks.
+        blocks: BlockRange,
         /// What the disk said.
         error: String,
     },
@@ -423,13 +431,13 @@ pub struct EngineStatus {
     pub certain: bool,
     /// Requests taken and not answered.
     pub in_flight: usize,
+    /// The disk failed, and requests wait until data is accessible again
+    /// (`on-no-data-accessible=suspend-io`). Not open, and not closed either.
+    pub held: bool,
     /// Why requests wait, if some wait for more than the disk: what, for whom.
     pub waiting: Option<String>,
     /// Peers.
     pub peers: BTreeMap<NodeId, PeerState>,
-    /// On a primary: what the last verification of a replica found to differ, since it opened. Empty:
-    /// nothing.
-    pub out_of_sync: BTreeMap<NodeId, Vec<BlockRange>>,
     /// On a primary: replicas of protocol A.
     pub behind: BTreeMap<NodeId, BehindBy>,
     /// On a primary: resyncs that copy, or would if they were not paused, and how many bytes a second they
@@ -440,6 +448,18 @@ pub struct EngineStatus {
     pub sync_same: BTreeMap<NodeId, u64>,
     /// Peers whose history forked from this node's, both with changes.
     pub splits: BTreeMap<NodeId, SplitBrain>,
+}
+
+/// How a node's replica asks to become primary, by what its engine knows. One that may lack what it
+/// acknowledged says so, and so does one whose engine told nothing yet: then members that may know better
+/// are heard first.
+#[must_use]
+pub fn promotion(node: NodeId, status: Option<&EngineStatus>) -> VolumeChange {
+    if status.is_some_and(|status| status.certain) {
+        VolumeChange::Promote { node }
+    } else {
+        VolumeChange::PromoteUncertain { node }
+    }
 }
 
 /// State of this node's replica.

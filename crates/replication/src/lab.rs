@@ -64,6 +64,10 @@ pub enum PlantedBug {
     GenerationDroppedEarly,
     /// What verification found is marked while the replica is still a member (rule 4).
     RepairWithoutLeave,
+    /// What verification found is told before the log has it.
+    ToldBeforeCommitted,
+    /// Only who found it knows what is to be repaired.
+    RepairForgotten,
 }
 
 impl Lab {

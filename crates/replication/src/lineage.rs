@@ -157,7 +157,9 @@ impl Machine {
 
     /// Whether a link to a peer would be of use.
     pub(crate) fn wants_link(&self, peer: NodeId) -> bool {
-        let judged = self.is_open() && self.lineages.splits.contains_key(&peer);
+        // Judged here or there, it stays so until the next configuration: to try again would only be
+        // refused again. A primary that judged, and forgot it by a restart, makes the link itself.
+        let judged = self.lineages.splits.contains_key(&peer);
         !judged && !self.standalone.contains_key(&peer)
     }
 

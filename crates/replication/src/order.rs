@@ -100,6 +100,7 @@ impl Machine {
             Order::Connect { peer } => {
                 for peer in self.peers_named(peer)? {
                     self.standalone.remove(&peer);
+                    self.lineages.splits.remove(&peer);
                 }
             }
         }

@@ -545,7 +545,7 @@ impl Machine {
         }
         // First of all: from here on nothing gets acknowledged.
         let role = std::mem::replace(&mut self.role, Role::Secondary);
-        self.forget_verification();
+        self.forget_verification(cx);
         for link in self.links.values_mut() {
             link.session = None;
         }

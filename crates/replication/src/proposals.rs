@@ -83,6 +83,9 @@ impl Proposals {
             VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } => {
                 format!("that {node} becomes primary")
             }
+            VolumeChange::Differs { node, .. } => {
+                format!("what verification found of the replica of {node}")
+            }
             VolumeChange::GiveWay { to, .. } => {
                 format!("that what {to} has is kept, and this node's history gives way")
             }
@@ -202,6 +205,9 @@ impl Machine {
         for peer in removed {
             self.close_link(cx, peer, "its replica was removed".to_owned());
         }
+        let known = self.volume.clone();
+        let slot = |peer| known.as_ref().and_then(|known| known.slot(peer));
+        self.forget_found(|peer| volume.slot(peer) == slot(peer));
         self.standalone
             .retain(|peer, _| volume.replicas.contains_key(peer));
         self.forget_pauses(|peer| volume.replicas.contains_key(peer));
@@ -281,6 +287,7 @@ impl Machine {
             Role::Promoting(promotion) => leave(self.promotion_leavers(promotion)),
             Role::Primary(primary) if primary.epoch < volume.epoch => None,
             Role::Primary(primary) => leave(self.leavers())
+                .or_else(|| self.differs_to_commit())
                 .or_else(|| {
                     (primary.demotion == Demotion::Proposing)
                         .then(|| VolumeChange::Demote { node: self.node() })
@@ -300,8 +307,7 @@ impl Machine {
         };
         let stage = |node: &NodeId| Some(self.links.get(node)?.session.as_ref()?.stage);
         let stays = |node: &NodeId| {
-            let wanted =
-                self.may_join(*node) && !self.is_leaving(*node) && !self.is_to_be_repaired(*node);
+            let wanted = self.may_join(*node) && !self.is_leaving(*node);
             stage(node) == Some(Stage::InSync) && wanted
         };
         let members = primary

@@ -63,6 +63,8 @@ pub(crate) struct Session {
     pub(crate) owed_bytes: u64,
     /// Since when a replica of protocol A lacks what it was not sent, or is being given it.
     pub(crate) behind_since: Option<Time>,
+    /// It is given what verification found: when it is in sync, or follows, it differs no more.
+    pub(crate) repairs: bool,
     /// What the resync copied.
     pub(crate) meter: Meter,
     /// Its speed when the engine last looked, in bytes a second, and when it looks again.
@@ -115,6 +117,7 @@ impl Session {
             told_complete: Seq(0),
             owed_bytes: 0,
             behind_since: None,
+            repairs: false,
             meter: Meter::default(),
             speed: 0,
             speed_due: Time::NEVER,
@@ -268,6 +271,7 @@ impl Machine {
         };
         if let Some(link) = self.links.get_mut(&peer) {
             link.session = Some(Session::new(Stage::Starting, epoch, cx.now));
+            self.mark_repair(peer);
             self.send(cx, peer, Message::StartSync { epoch });
         }
     }
@@ -291,6 +295,9 @@ impl Machine {
         }
         for run in blocks {
             self.meta.bitmaps.set(slot, *run);
+        }
+        if last {
+            self.repaired_anyway(peer);
         }
         if let Some(session) = self.session_mut(peer).filter(|_| last) {
             session.stage = Stage::Copying;
@@ -516,7 +523,6 @@ impl Machine {
         self.stop_verify(cx, peer, "the link to the replica was lost");
         self.abandon_jobs(cx, |owner| *owner == Owner::SyncRead(peer));
         self.mark_unacked(peer);
-        self.mark_repair(peer);
         self.update_all(cx);
     }
 

@@ -9,7 +9,10 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
-use relevo_types::{BlockRange, Epoch, NodeId, Time};
+use relevo_types::{
+    BlockRange, Epoch, NodeId, Time,
+    cluster::{Differs, VolumeChange},
+};
 use relevo_wire::{BlockDigest, Message};
 
 use crate::{
@@ -18,14 +21,17 @@ use crate::{
     io::{Effect, VolumeEvent},
     jobs::{Owner, Reply},
     lab::PlantedBug,
-    link::{Part, Walk},
-    machine::{Machine, mask},
+    link::Part,
+    machine::Machine,
     ops::Cx,
     sync::Stage,
 };
 
 /// Blocks of one comparison: 256 KiB. Writes to them wait while they are read on either side.
 const CHUNK_BLOCKS: u64 = 64;
+
+/// Blocks of the second look at what differs: 32 KiB.
+const PIECE_BLOCKS: usize = 8;
 
 /// Comparisons under way to one peer at most.
 const CHUNKS_MAX: usize = 8;
@@ -60,16 +66,33 @@ enum Look {
 pub(crate) struct Verification {
     /// As primary: what is under way.
     running: BTreeMap<NodeId, Verify>,
-    /// What the last one found, until the next.
-    pub(crate) found: BTreeMap<NodeId, Vec<BlockRange>>,
-    /// What is to be copied when the replica has left the in-sync set.
+    /// What came of one, and is not told before the log has it.
+    untold: BTreeMap<NodeId, Untold>,
+    /// What exactly is to be copied to a replica when it has left the in-sync set; the log has at most
+    /// some hundred places.
     repairs: BTreeMap<NodeId, Blocks>,
-    /// What the other members shall mark too.
-    marked: Vec<(NodeId, Blocks)>,
     /// When the next one begins by itself.
     next: Option<Time>,
     /// As replica: digests to compare with, by link and id.
     checks: BTreeMap<(u64, u64), (u64, Vec<BlockDigest>)>,
+}
+
+/// What came of a verification.
+#[derive(Debug)]
+struct Untold {
+    /// What the log shall say of the replica.
+    differs: Option<Differs>,
+    /// What is told then.
+    event: Option<VolumeEvent>,
+}
+
+/// A run in small pieces: a disk that can't read one block of a read says nothing of the others.
+fn pieces(run: BlockRange) -> impl Iterator<Item = BlockRange> {
+    let starts = (run.first..run.end()).step_by(PIECE_BLOCKS);
+    starts.map(move |first| {
+        let count = (run.end() - first).min(PIECE_BLOCKS as u64);
+        BlockRange::new(first, count)
+    })
 }
 
 impl Verify {
@@ -107,7 +130,6 @@ impl Machine {
         };
         self.abandon_jobs(cx, |owner| *owner == Owner::VerifyRead(peer));
         self.verification.running.insert(peer, verify);
-        self.verification.found.remove(&peer);
         self.tell_verifying(cx, peer, true);
         Ok(())
     }
@@ -140,7 +162,7 @@ impl Machine {
     /// Goes on with what is under way, and begins what is due.
     pub(crate) fn settle_verify(&mut self, cx: &mut Cx<'_>) {
         self.settle_regular(cx);
-        self.send_repair_marks(cx);
+        self.settle_untold(cx);
         for peer in self
             .verification
             .running
@@ -246,7 +268,7 @@ impl Machine {
         }
         for run in blocks {
             match look {
-                Look::First => verify.again.push_back(*run),
+                Look::First => verify.again.extend(pieces(*run)),
                 Look::Second => verify.differs.set(*run, |_| {}),
             }
         }
@@ -258,6 +280,8 @@ impl Machine {
         verify.asked.values().map(|(.., since)| *since).min()
     }
 
+    /// A verification ended. What it found is told when the log has it: from then on every node knows,
+    /// whoever is lost.
     fn verified(
         &mut self,
         cx: &mut Cx<'_>,
@@ -265,22 +289,102 @@ impl Machine {
         verify: &Verify,
         stopped: Option<String>,
     ) {
-        let differing: Vec<BlockRange> = verify.differs.runs(u64::MAX).collect();
         if let Some(every) = self.verify_every() {
             self.verification.next = Some(cx.now + every);
         }
-        self.verification.found.insert(peer, differing.clone());
+        let differing: Vec<BlockRange> = verify.differs.runs(u64::MAX).collect();
         let repair = verify.repair && !differing.is_empty() && self.verifiable(peer).is_some();
-        if repair {
-            self.repair(cx, peer, verify.differs.clone());
+        let known = self.differs(peer);
+        let mut all = verify.differs.clone();
+        if stopped.is_some() {
+            // What was found earlier and not looked at again is as true as it was.
+            for run in known.iter().flat_map(|known| &known.runs) {
+                all.set(*run, |_| {});
+            }
         }
-        cx.emit(Effect::Event(VolumeEvent::Verified {
+        let differs = if differing.is_empty() && stopped.is_some() {
+            known.cloned()
+        } else {
+            Differs::new(self.node(), all.runs(u64::MAX).collect(), repair)
+        };
+        let event = VolumeEvent::Verified {
             node: peer,
             checked: verify.cursor,
             differing,
             stopped,
             repair,
-        }));
+        };
+        if repair {
+            self.verification.repairs.insert(peer, all);
+        }
+        if self.lab.has(PlantedBug::ToldBeforeCommitted) {
+            cx.emit(Effect::Event(event.clone()));
+        }
+        if repair && self.lab.has(PlantedBug::RepairWithoutLeave) {
+            // Marks for a member: its next join would be none.
+            self.mark_repair(peer);
+        }
+        let event = Some(event);
+        let untold = Untold { differs, event };
+        self.verification.untold.insert(peer, untold);
+        self.settle_untold(cx);
+    }
+
+    /// What the log says that a replica differs in.
+    fn differs(&self, peer: NodeId) -> Option<&Differs> {
+        let replica = self.volume.as_ref()?.replicas.get(&peer)?;
+        replica.differs.as_ref()
+    }
+
+    /// Tells what the log has.
+    fn settle_untold(&mut self, cx: &mut Cx<'_>) {
+        for peer in self.verification.untold.keys().copied().collect::<Vec<_>>() {
+            let untold = self.verification.untold.get(&peer);
+            let committed = untold.is_some_and(|it| it.differs.as_ref() == self.differs(peer));
+            if !committed {
+                continue;
+            }
+            let untold = self.verification.untold.remove(&peer);
+            if let Some(event) = untold.and_then(|untold| untold.event)
+                && !self.lab.has(PlantedBug::ToldBeforeCommitted)
+            {
+                cx.emit(Effect::Event(event));
+            }
+            let stage = self.session_mut(peer).map(|session| session.stage);
+            if stage == Some(Stage::Following) && self.is_to_be_repaired(peer) {
+                // Outside the set already.
+                self.mark_repair(peer);
+                self.leave_behind(cx, peer);
+            }
+        }
+    }
+
+    /// What was found is about replicas that are there no more.
+    pub(crate) fn forget_found(&mut self, is_same: impl Fn(NodeId) -> bool) {
+        let verification = &mut self.verification;
+        verification.untold.retain(|peer, _| is_same(*peer));
+        verification.repairs.retain(|peer, _| is_same(*peer));
+    }
+
+    /// What a verification found, or that it is settled, is to be committed.
+    pub(crate) fn differs_to_commit(&self) -> Option<VolumeChange> {
+        let of = |peer: NodeId, differs: &Option<Differs>| VolumeChange::Differs {
+            node: peer,
+            from: self.node(),
+            differs: differs.clone(),
+        };
+        let mut untold = self.verification.untold.iter();
+        let found = untold.find(|(peer, it)| it.differs.as_ref() != self.differs(**peer));
+        if let Some((peer, untold)) = found {
+            return Some(of(*peer, &untold.differs));
+        }
+        // Of protocol A: no join says that it has got what differed.
+        let repaired = self.links.iter().find(|(peer, link)| {
+            let session = link.session.as_ref();
+            session.is_some_and(|it| it.repairs && it.stage == Stage::Following)
+                && self.is_to_be_repaired(**peer)
+        });
+        repaired.map(|(peer, _)| of(*peer, &None))
     }
 
     /// Blocks that the replica still has to be compared in, while one is under way to it.
@@ -324,66 +428,86 @@ impl Machine {
 
     // Repair.
 
-    /// What differs is to be copied from here. A member is one by commit, so it must first leave by
-    /// commit (rules 3 and 4): else it could be promoted with what is known to be damaged.
-    fn repair(&mut self, cx: &mut Cx<'_>, peer: NodeId, blocks: Blocks) {
-        self.verification.repairs.insert(peer, blocks);
-        let follows = self.session_mut(peer).map(|session| session.stage) == Some(Stage::Following);
-        if self.lab.has(PlantedBug::RepairWithoutLeave) && !follows {
-            // Marks for a member: its next join would be none.
-            self.mark_repair(peer);
-        } else if follows {
-            // Outside the set already.
-            self.mark_repair(peer);
-            self.leave_behind(cx, peer);
-        }
+    /// Whether a person decided that a replica is given what it differs in, by the log.
+    fn is_to_be_repaired(&self, peer: NodeId) -> bool {
+        self.differs(peer).is_some_and(|differs| differs.repair)
     }
 
-    /// Whether a member must leave the set to be repaired.
-    pub(crate) fn is_to_be_repaired(&self, peer: NodeId) -> bool {
-        self.verification.repairs.contains_key(&peer)
-    }
-
-    /// The replica is outside the set, or lost: what was found is dirty for it from now on.
+    /// A session begins: what the replica, which is outside the set, is to be repaired in is dirty for it.
+    /// Whoever is primary knows it from the log, also if it did not find it itself.
     pub(crate) fn mark_repair(&mut self, peer: NodeId) {
-        let (Some(blocks), Some(slot)) = (self.verification.repairs.remove(&peer), self.slot(peer))
-        else {
+        let found = self.verification.repairs.remove(&peer);
+        let Some(slot) = self.slot(peer) else {
             return;
         };
-        for run in blocks.runs(u64::MAX) {
+        let runs: Vec<BlockRange> = match (found, self.differs(peer)) {
+            (Some(found), _) => found.runs(u64::MAX).collect(),
+            (None, Some(known)) if known.repair && !self.lab.has(PlantedBug::RepairForgotten) => {
+                known.runs.clone()
+            }
+            _ => return,
+        };
+        for run in runs {
             self.meta.bitmaps.set(slot, run);
         }
         self.meta.want_bitmaps();
-        self.verification.marked.push((peer, blocks));
-    }
-
-    /// The other members mark it too: any of them may be the next primary.
-    fn send_repair_marks(&mut self, cx: &mut Cx<'_>) {
-        let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
-            return;
-        };
-        for (repaired, blocks) in std::mem::take(&mut self.verification.marked) {
-            let Some(slot) = self.slot(repaired) else {
-                continue;
-            };
-            let runs: Vec<BlockRange> = blocks.runs(u64::MAX).collect();
-            let mut walk = Walk::default();
-            while let Some((peer, other)) = self.next_session(&mut walk) {
-                if other == mask(slot) || self.verifiable(peer).is_none() {
-                    continue;
-                }
-                self.send_dirty_map(cx, peer, epoch, slot, &runs);
-            }
+        if let Some(session) = self.session_mut(peer) {
+            session.repairs = true;
         }
     }
 
-    /// The reign is over: so is every verification. The next primary knows nothing of it.
-    pub(crate) fn forget_verification(&mut self) {
-        let checks = std::mem::take(&mut self.verification.checks);
-        self.verification = Verification {
-            checks,
-            ..Verification::default()
+    /// A replica is about to be copied anew where it was found to differ: by an operator who took its data
+    /// for wrong. When it has joined it does not differ any more.
+    pub(crate) fn repaired_anyway(&mut self, peer: NodeId) {
+        let (Some(slot), Some(known)) = (self.slot(peer), self.differs(peer)) else {
+            return;
         };
+        let dirty = self.meta.bitmaps.of(slot);
+        if known.repair || !known.runs.iter().all(|run| dirty.covers(*run)) {
+            return;
+        }
+        let differs = Differs {
+            from: self.node(),
+            repair: true,
+            ..known.clone()
+        };
+        let untold = Untold {
+            differs: Some(differs),
+            event: None,
+        };
+        self.verification.untold.insert(peer, untold);
+        if let Some(session) = self.session_mut(peer) {
+            session.repairs = true;
+        }
+    }
+
+    /// The reign is over, and with it every verification. What was found and is not in the log is told as
+    /// such.
+    pub(crate) fn forget_verification(&mut self, cx: &mut Cx<'_>) {
+        let verification = std::mem::take(&mut self.verification);
+        self.verification.checks = verification.checks;
+        let untold = verification.untold.into_values();
+        let mut events: Vec<VolumeEvent> = untold.filter_map(|it| it.event).collect();
+        for (node, verify) in verification.running {
+            events.push(VolumeEvent::Verified {
+                node,
+                checked: verify.cursor,
+                differing: verify.differs.runs(u64::MAX).collect(),
+                stopped: None,
+                repair: false,
+            });
+        }
+        for mut event in events {
+            if let VolumeEvent::Verified {
+                stopped, repair, ..
+            } = &mut event
+            {
+                *repair = false;
+                let why = "this node is not primary any more; what differs is not recorded, so verify again";
+                *stopped = Some(why.to_owned());
+            }
+            cx.emit(Effect::Event(event));
+        }
     }
 
     // The replica's side.
@@ -444,6 +568,22 @@ impl Machine {
         let blocks = differing(first, &theirs, &digests(data));
         let Reply { peer, epoch, .. } = reply;
         self.send(cx, peer, Message::Differ { epoch, id, blocks });
+    }
+
+    /// The disk can't read what digests are about: all of it differs, as far as anyone can tell. Which
+    /// blocks those are; `None` if nobody waits for the answer.
+    pub(crate) fn digest_unreadable(
+        &mut self,
+        cx: &mut Cx<'_>,
+        reply: Reply,
+        id: u64,
+    ) -> Option<BlockRange> {
+        let (first, theirs) = self.verification.checks.remove(&(reply.link, id))?;
+        let all = BlockRange::new(first, theirs.len() as u64);
+        let Reply { peer, epoch, .. } = reply;
+        let blocks = vec![all];
+        self.send(cx, peer, Message::Differ { epoch, id, blocks });
+        Some(all)
     }
 
     /// Digests that came by a link that is lost are of no use.

@@ -18,13 +18,14 @@ use anyhow::Context as _;
 use relevo_agents::{AddressKeeper, FAILURE_QUEUE, PartContext, PartRunner};
 use relevo_control::{ControlLog as _, ProposeError, RaftControl, RaftControlConfig};
 use relevo_node::{Input, NodeConfig};
+use relevo_replication::io::promotion;
 use relevo_transport::{
     HeartbeatKey, HeartbeatSocket, HeartbeatSockets, RpcClient, RpcServer, Token, random,
     rpc::RpcConfig,
 };
 use relevo_types::{
     ClusterId, Instance, NodeId, ServiceId, VolumeId,
-    cluster::{ClusterState, Command, NodeKind, Outcome},
+    cluster::{ClusterState, Command, NodeKind, Outcome, VolumeChange},
 };
 use tokio::{
     runtime::Handle,
@@ -399,6 +400,13 @@ impl Cluster {
     }
 
     /// Waits until this node's replica is open as primary.
+    /// How this node asks to become primary of a volume.
+    pub(crate) fn promotion(&self, volume: VolumeId) -> VolumeChange {
+        let live = self.volumes.shared.live(volume);
+        let status = live.map(|live| live.handle.status().engine);
+        promotion(self.me, status.as_ref())
+    }
+
     pub(crate) async fn await_open(&self, volume: VolumeId, what: &str) -> Result<(), ApiError> {
         self.volumes.await_open(volume).await.map_err(|why| {
             ApiError::new(

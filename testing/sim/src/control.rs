@@ -222,6 +222,10 @@ pub fn words(command: &Command) -> String {
             VolumeChange::Demote { node } => format!("demote {node} at {expect}"),
             VolumeChange::Leave { nodes } => format!("leave {nodes:?} at {expect}"),
             VolumeChange::Join { node } => format!("join {node} at {expect}"),
+            VolumeChange::Differs { node, differs, .. } => {
+                let repair = differs.as_ref().map(|differs| differs.repair);
+                format!("{node} differs (repair {repair:?}) at {expect}")
+            }
             VolumeChange::Force { node, .. } => format!("force {node} at {expect}"),
             VolumeChange::KeepInForce => format!("keep what is in force at {expect}"),
             VolumeChange::GiveWay { node, to, .. } => {

@@ -9,7 +9,7 @@ use relevo_types::{
     Sensitivity,
     cluster::{
         Congestion, OnCongestion, Protocol,
-        options::{Csums, DiskTimeout, OnIoError, OnLoss},
+        options::{Csums, DiskTimeout, OnIoError, OnLoss, OnNoData},
     },
 };
 
@@ -53,6 +53,8 @@ impl Planted {
         ),
         (PlantedBug::VerifyOutsideGate, "verify-outside-gate"),
         (PlantedBug::RepairWithoutLeave, "repair-without-leave"),
+        (PlantedBug::ToldBeforeCommitted, "told-before-committed"),
+        (PlantedBug::RepairForgotten, "repair-forgotten"),
         (PlantedBug::HealFromAnybody, "heal-from-anybody"),
         (PlantedBug::MergeInSilence, "merge-in-silence"),
         (
@@ -211,6 +213,10 @@ pub struct Scenario {
     /// When all is whole and quiet, the disk of a secondary alters blocks by itself: a verification must
     /// find and repair exactly these.
     pub rot: bool,
+    /// The primary that found it loses power as soon as it has told so: whoever is primary next repairs it.
+    pub kill_finder: bool,
+    /// When all is whole and quiet, all disks fail, the primary's last.
+    pub last_disk: bool,
     /// At the end a primary is cut off, an outdated replica is forced, and both go on; then they meet.
     pub split: bool,
     /// Something breaks at a chosen point of recovery.
@@ -243,6 +249,8 @@ pub struct Scenario {
     pub disk_trouble: (OnIoError, DiskTimeout),
     /// Whether resyncs compare before they copy.
     pub csums: Csums,
+    /// What becomes of requests when the last disk fails.
+    pub on_no_data: OnNoData,
     /// Replicas of protocol A are far away: each write to them takes the line this long, in
     /// microseconds. 0: they are not.
     pub far_us: u64,
@@ -314,6 +322,9 @@ impl Scenario {
             idle_heal: rng.chance(50.0),
             hang_one: rng.chance(10.0),
             rot: Rng::new(seed, 77).chance(10.0) || at(Point::Repair),
+            kill_finder: Rng::new(seed, 78).chance(40.0),
+            last_disk: Rng::new(seed, 79).chance(8.0),
+            on_no_data: Rng::new(seed, 80).pick(&[OnNoData::Error, OnNoData::Suspend]),
             split: Rng::new(seed, 10).chance(12.0) || at(Point::Saving),
             second,
             repair_late: rng.chance(50.0),
@@ -376,6 +387,7 @@ impl Scenario {
             rounds: 1,
             hang_one: false,
             rot: false,
+            last_disk: false,
             split: false,
             second: None,
             disk_us: 1000,

@@ -227,12 +227,12 @@ impl Page {
             let left = super::duration_words(left.saturating_mul(1000));
             words.push(format!("{left} left"));
         }
-        if !replica.out_of_sync.is_empty() {
-            let bytes = replica.out_of_sync.iter().map(|(_, len)| len).sum();
+        if let Some(differs) = &replica.differs {
             words.push(format!(
-                "DIFFERS in {} at {} places (`relevo verify --repair`)",
-                format_size(bytes),
-                replica.out_of_sync.len()
+                "DIFFERS from {} in {} at {} places",
+                differs.from,
+                format_size(differs.bytes),
+                differs.places.len()
             ));
         }
         if let Some(driver) = &replica.driver {

@@ -2,7 +2,7 @@
 
 use relevo_node::{OrderId, Phase};
 use relevo_replication::io::{DiskState, VolumeEvent};
-use relevo_types::cluster::Command;
+use relevo_types::cluster::{Command, VolumeChange};
 
 use crate::cluster::{A, B, Cluster, MAIL, V, W};
 
@@ -144,6 +144,109 @@ fn a_disk_that_fails_under_the_service_moves_it() {
     );
     cluster.run(2000);
     assert!(cluster.serves(B));
+}
+
+/// The set shrinks to A alone.
+fn last_one_in_sync() -> Cluster {
+    let mut cluster = Cluster::running();
+    let expect = cluster.state.volumes[&V].epoch;
+    let change = VolumeChange::Leave { nodes: vec![B] };
+    drop(cluster.command(&Command::Volume {
+        volume: V,
+        expect,
+        change,
+    }));
+    cluster.run(200);
+    assert!(cluster.serves(A));
+    cluster
+}
+
+fn disk_fails(cluster: &mut Cluster, held: bool) {
+    cluster.engine_event(
+        A,
+        |status| {
+            status.open = false;
+            status.held = held;
+            status.disk = DiskState::Failed;
+        },
+        VolumeEvent::DiskFailed {
+            reason: "a write failed".to_owned(),
+        },
+    );
+}
+
+/// Nobody else has the data, and requests shall wait for it: the service waits with them, neither stopped
+/// nor given up, and its status says for what. When the disk is back it starts anew by itself, for its
+/// connections ended.
+#[test]
+fn a_service_waits_with_requests_that_wait_for_their_disk() {
+    let mut cluster = last_one_in_sync();
+    let from = cluster.now;
+    disk_fails(&mut cluster, true);
+    cluster.run(90_000);
+    assert_eq!(cluster.words(A, from), [""; 0], "nothing is done");
+    assert_eq!(cluster.state.services[&MAIL].holder, Some(A));
+    let waiting = cluster.node(A).status().services[&MAIL].waiting.clone();
+    let waiting = waiting.unwrap();
+    assert!(waiting.contains("waits for accessible data"), "{waiting}");
+    assert!(waiting.contains("relevo attach mail"), "{waiting}");
+
+    cluster.engine_event(
+        A,
+        |status| {
+            status.held = false;
+            status.disk = DiskState::Diskless;
+        },
+        VolumeEvent::Detached,
+    );
+    cluster.run(200);
+    let epoch = cluster.state.volumes[&V].epoch;
+    cluster.engine_event(
+        A,
+        |status| {
+            status.disk = DiskState::UpToDate;
+            status.open = true;
+        },
+        VolumeEvent::Opened { epoch },
+    );
+    cluster.run_until(1000, |cluster| cluster.serves(A));
+    let words = cluster.words(A, from);
+    assert_eq!(
+        words[..3],
+        ["force address", "force process", "force export"]
+    );
+    assert_eq!(
+        words[3..],
+        ["start export", "start process", "start address"]
+    );
+    assert!(cluster.state.services[&MAIL].failures.is_empty());
+}
+
+/// It was chosen that requests fail: the service is given up. The disk is repaired and attached, which
+/// proves that the cause is gone: nobody has to start the service.
+#[test]
+fn the_last_disk_is_repaired_and_the_service_starts_by_itself() {
+    let mut cluster = last_one_in_sync();
+    disk_fails(&mut cluster, false);
+    cluster.run(2000);
+    assert_eq!(cluster.state.services[&MAIL].holder, None);
+    assert_eq!(cluster.state.services[&MAIL].failures[&A].disk, Some(V));
+    let waits = cluster.node(W).status().waits;
+    assert!(waits[0].reason.contains("relevo attach mail"), "{waits:?}");
+    let quiet = cluster.trace.len();
+    cluster.run(5000);
+    assert_eq!(cluster.trace.len(), quiet, "nothing is tried in vain");
+
+    cluster.engine_event(
+        A,
+        |status| status.disk = DiskState::UpToDate,
+        VolumeEvent::Attached {
+            clean: false,
+            remark: None,
+        },
+    );
+    cluster.run_until(1000, |cluster| cluster.serves(A));
+    assert!(cluster.state.services[&MAIL].failures.is_empty());
 }
 
 #[test]

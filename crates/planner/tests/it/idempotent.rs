@@ -91,6 +91,7 @@ fn build(views: &[View], placements: &[Placement], leaves: [u8; 2]) -> World {
                 service,
                 node,
                 failure: Some("disk".to_owned()),
+                disk: None,
             });
         }
         let target = placement.target.map(|n| nodes[usize::from(n)]);

@@ -10,10 +10,10 @@ use std::{
 
 use relevo_planner::{NodeView, Plan, PlanInput, ReplicaView, Views, plan, should_release};
 use relevo_types::{
-    ClusterId, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
+    BlockRange, ClusterId, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
     cluster::{
-        ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Part, Ports, ProcessPart,
-        Proof, Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
+        ClusterState, Command, Differs, JoinToken, NodeKind, NodePath, NodeSpec, Part, Ports,
+        ProcessPart, Proof, Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
     },
 };
 
@@ -265,6 +265,16 @@ impl World {
                 let node = self.node(node);
                 self.change(volume, VolumeChange::Join { node })
             }
+            ["differs", volume, node, "from", primary] => {
+                let (node, from) = (self.node(node), self.node(primary));
+                let differs = Differs::new(from, vec![BlockRange::new(7, 1)], false);
+                let found = VolumeChange::Differs {
+                    node,
+                    from,
+                    differs,
+                };
+                self.change(volume, found)
+            }
             ["standby", node, on] => Command::SetStandby {
                 node: self.node(node),
                 standby: *on == "on",
@@ -285,6 +295,7 @@ impl World {
                     service: id,
                     node: holder,
                     failure: Some(reason.join(" ")),
+                    disk: None,
                 }
             }
             ["goodbye", node] => {
@@ -355,6 +366,7 @@ impl World {
                     service: id,
                     node: holder,
                     failure: None,
+                    disk: None,
                 });
                 let service = &service.spec.name;
                 writeln!(self.log, "  {name}: gives {service} back\n        {reason}").unwrap();

@@ -249,6 +249,80 @@ fn the_last_replica_in_sync_is_waited_for_however_long_its_disk_hangs() {
     assert!(world.is_acked(write) && world.status(A).open);
 }
 
+/// Also while it is being attached, where there is nothing else that could tell: the status does, and links
+/// are refused with the reason instead of being left open.
+#[test]
+fn a_disk_that_hangs_while_it_is_attached_is_given_up() {
+    for unclean in [false, true] {
+        let mut world = World::opened(2, 1024, A);
+        world.set_options(|options| options.disk_timeout = DiskTimeout { seconds: Some(2) });
+        world.run();
+        if !unclean {
+            world.input(B, Input::Detach);
+            world.pass_ms(50);
+        }
+        world.crash(B, false);
+        world.pass_ms(1500);
+        world.node(B).disk.stalled = true;
+        world.start(B);
+        world.connect_all();
+        world.pass_ms(1900);
+        assert_eq!(world.status(B).disk, DiskState::Attaching);
+        world.pass_ms(200);
+        let status = world.status(B);
+        assert_eq!(status.disk, DiskState::Failed);
+        assert!(status.waiting.unwrap().contains("disk-timeout"));
+        // It comes back, and is attached again.
+        world.node(B).disk.stalled = false;
+        world.crash(B, false);
+        world.start(B);
+        world.connect_all();
+        world.pass_ms(1000);
+        assert!(world.volume().in_sync.contains(&B));
+    }
+}
+
+/// Waiting is all that is left.
+#[test]
+fn the_last_replica_in_sync_is_waited_for_while_it_is_attached() {
+    let mut world = World::opened(2, 1024, A);
+    world.set_options(|options| options.disk_timeout = DiskTimeout { seconds: Some(2) });
+    world.crash(B, false);
+    world.pass_ms(1500);
+    world.crash(A, false);
+    world.node(A).disk.stalled = true;
+    world.start(A);
+    world.pass_ms(20_000);
+    assert_eq!(world.status(A).disk, DiskState::Attaching);
+    assert!(world.status(A).waiting.is_some());
+    world.node(A).disk.stalled = false;
+    world.pass_ms(1000);
+    assert!(world.status(A).open);
+}
+
+/// A secondary's bad sector is found by comparing: it counts as different and is written anew by a repair.
+/// Its other blocks keep their second copy all the while.
+#[test]
+fn a_block_that_a_replica_cannot_compare_differs() {
+    let mut world = written();
+    world.node(B).disk.bad.insert(7);
+    let verify = |repair| Order::Verify { peer: None, repair };
+    world.order(A, verify(false)).unwrap();
+    world.pass_ms(50);
+    assert_eq!(world.status(B).disk, DiskState::UpToDate);
+    let differs = world.volume().replicas[&B].differs.clone().unwrap();
+    assert_eq!(differs.runs, [BlockRange::new(0, 8)], "with its neighbours");
+    let unreadable = |event: &VolumeEvent| matches!(event, VolumeEvent::Unreadable { .. });
+    assert!(world.nodes[&B].events.iter().any(unreadable));
+    world.order(A, verify(true)).unwrap();
+    world.pass_ms(500);
+    let volume = world.volume();
+    assert!(volume.in_sync.contains(&B) && volume.replicas[&B].differs.is_none());
+    world.order(A, verify(false)).unwrap();
+    world.pass_ms(50);
+    assert_eq!(world.volume().replicas[&B].differs, None);
+}
+
 #[test]
 fn without_accessible_data_requests_fail_or_wait_as_was_chosen() {
     let mut world = World::opened(2, 1024, A);
@@ -262,12 +336,18 @@ fn without_accessible_data_requests_fail_or_wait_as_was_chosen() {
     let later = read(&mut world, 3, 1);
     world.pass_ms(5000);
     assert!(!world.is_answered(first) && !world.is_answered(later));
-    let words = world.status(A).waiting.unwrap();
+    let status = world.status(A);
+    let words = status.waiting.unwrap();
     assert!(words.contains("on-no-data-accessible"), "{words}");
+    assert!(status.held && !status.open);
+    let closed = |event: &VolumeEvent| matches!(event, VolumeEvent::Closed { .. });
+    assert!(!world.nodes[&A].events.iter().any(closed));
     world.set_options(|options| options.on_no_data = OnNoData::Error);
     world.pass_ms(50);
     assert_eq!(world.replies[&first], Err(ReplyError::Io));
     assert_eq!(world.replies[&later], Err(ReplyError::Io));
+    assert!(!world.status(A).held);
+    assert!(world.nodes[&A].events.iter().any(closed));
 }
 
 /// Somebody else is in sync: they need not wait for this disk.

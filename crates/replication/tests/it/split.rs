@@ -132,6 +132,8 @@ fn both_stand_alone_and_say_what_each_changed() {
         assert_eq!(status.peers[&other], PeerState::StandAlone);
         let told = |event: &VolumeEvent| matches!(event, VolumeEvent::SplitBrain { .. });
         assert!(world.node(node).events.iter().any(told), "{node}");
+        let engine = world.nodes[&node].engine.as_ref().unwrap();
+        assert!(!engine.wants_link(other), "to be refused again and again");
     }
     let after: Vec<Vec<u8>> = (0..64).map(|block| world.block(A, block)).collect();
     assert_eq!(before, after, "nothing is merged in silence");

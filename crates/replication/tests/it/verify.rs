@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use relevo_replication::{Input, Order, PeerState, VolumeEvent};
-use relevo_types::{BlockRange, NodeId, cluster::Command};
+use relevo_types::{
+    BlockRange, NodeId,
+    cluster::{Command, PairProtocol, Protocol},
+};
 use relevo_wire::Message;
 
 use crate::world::{A, B, BLOCK, C, V, World};
@@ -29,6 +32,12 @@ fn verified(world: &World, of: NodeId) -> Vec<(Vec<BlockRange>, Option<String>, 
             _ => None,
         })
         .collect()
+}
+
+/// What the log says that a replica differs in.
+fn recorded(world: &World, of: NodeId) -> Vec<BlockRange> {
+    let differs = &world.volume().replicas[&of].differs;
+    differs.as_ref().map_or_else(Vec::new, |it| it.runs.clone())
 }
 
 /// The disk of a node alters a block by itself.
@@ -69,10 +78,9 @@ fn silent_corruption_is_found_and_told() {
     ];
     assert_eq!(verified(&world, B), [(found.to_vec(), None, false)]);
     assert_eq!(verified(&world, C), [(Vec::new(), None, false)]);
-    let status = world.status(A);
-    assert_eq!(status.out_of_sync[&B], found);
-    assert_eq!(status.out_of_sync[&C], []);
-    assert_eq!(status.peers[&B], PeerState::Established);
+    assert_eq!(recorded(&world, B), found);
+    assert_eq!(recorded(&world, C), []);
+    assert_eq!(world.status(A).peers[&B], PeerState::Established);
     // Nothing was changed.
     assert!(world.volume().in_sync.contains(&B));
     assert_eq!(world.differing(A, B), [0, 255, 256, 1023]);
@@ -96,22 +104,28 @@ fn repair_leaves_the_set_first_and_copies_exactly_what_differs() {
     world.commits = false;
     verify(&mut world, true);
     world.pass_ms(50);
-    assert_eq!(verified(&world, B).len(), 1);
-    assert!(verified(&world, B)[0].2);
+    assert_eq!(
+        verified(&world, B),
+        [],
+        "nothing is told that may be forgotten"
+    );
     assert_eq!(world.copied, 0, "nothing is copied to a member");
     assert!(world.volume().in_sync.contains(&B));
 
     let epoch = world.volume().epoch;
     world.commits = true;
     world.pass_ms(200);
+    assert_eq!(verified(&world, B).len(), 1);
+    assert!(verified(&world, B)[0].2);
     assert!(world.volume().in_sync.contains(&B));
-    assert_eq!(world.volume().epoch.0, epoch.0 + 2, "a leave and a join");
+    assert_eq!(world.volume().epoch.0, epoch.0 + 2, "it leaves and joins");
     assert_eq!(world.copied, 2);
     assert!(world.same(A, B));
     assert!(world.same(A, C));
+    assert_eq!(recorded(&world, B), [], "the join is the end of it");
     verify(&mut world, false);
     world.pass_ms(50);
-    assert_eq!(world.status(A).out_of_sync[&B], []);
+    assert_eq!(recorded(&world, B), []);
 }
 
 /// The next primary must know it too: B has left, and A dies before B was repaired.
@@ -132,6 +146,100 @@ fn another_member_knows_what_is_to_be_repaired() {
     world.pass_ms(2000);
     assert!(world.volume().in_sync.contains(&B), "{:?}", world.volume());
     assert!(world.same(B, C));
+}
+
+/// A lost link, another primary: what is known to differ stays known, and nothing of it is overwritten as
+/// long as nobody decided.
+#[test]
+fn what_differs_stays_known_until_somebody_decides() {
+    let mut world = used(3);
+    rot(&mut world, B, 300);
+    verify(&mut world, false);
+    world.pass_ms(50);
+    world.cut(A, B);
+    world.pass_ms(100);
+    assert!(!world.volume().in_sync.contains(&B));
+    world.connect_all();
+    world.pass_ms(500);
+    assert!(world.volume().in_sync.contains(&B), "it is back");
+    assert_eq!(recorded(&world, B), [BlockRange::new(300, 1)]);
+    assert_eq!(world.differing(A, B), [300]);
+    // Part of a comparison settles nothing.
+    verify(&mut world, false);
+    world.order(A, Order::StopVerify { peer: None }).unwrap();
+    world.pass_ms(50);
+    assert_eq!(recorded(&world, B), [BlockRange::new(300, 1)]);
+    // All of it does.
+    let good = world.block(A, 300);
+    let disk = &mut world.node(B).disk;
+    disk.write(300 * BLOCK as u64, &good);
+    disk.flush();
+    verify(&mut world, false);
+    world.pass_ms(50);
+    assert_eq!(recorded(&world, B), []);
+}
+
+/// A replica that an operator takes for wrong as a whole is copied anew where it differs, too.
+#[test]
+fn an_invalidated_replica_differs_no_more() {
+    let mut world = used(3);
+    rot(&mut world, B, 300);
+    verify(&mut world, false);
+    world.pass_ms(50);
+    world.order(B, Order::Invalidate).unwrap();
+    world.pass_ms(100);
+    world.connect_all();
+    world.pass_ms(3000);
+    assert!(world.volume().in_sync.contains(&B), "{:?}", world.volume());
+    assert_eq!(recorded(&world, B), []);
+    assert!(world.same(A, B));
+}
+
+/// A replica of protocol A never joins; it is repaired all the same, and that is known.
+#[test]
+fn a_replica_outside_the_set_is_repaired() {
+    let mut world = used(2);
+    world.set_options(|options| {
+        options.protocols = vec![PairProtocol {
+            nodes: [A, B],
+            protocol: Protocol::A,
+        }];
+    });
+    world.pass_ms(500);
+    assert_eq!(world.status(A).peers[&B], PeerState::Following);
+    rot(&mut world, B, 300);
+    verify(&mut world, true);
+    world.pass_ms(500);
+    assert!(verified(&world, B)[0].2);
+    assert!(world.same(A, B));
+    assert_eq!(world.status(A).peers[&B], PeerState::Following);
+    assert_eq!(recorded(&world, B), []);
+    // The next one begins anew.
+    rot(&mut world, B, 301);
+    verify(&mut world, false);
+    world.pass_ms(500);
+    assert_eq!(recorded(&world, B), [BlockRange::new(301, 1)]);
+}
+
+/// The primary is replaced before the log has what it found: that is told as such.
+#[test]
+fn what_is_not_recorded_when_the_reign_ends_is_told_so() {
+    let mut world = used(2);
+    rot(&mut world, B, 300);
+    world.commits = false;
+    verify(&mut world, false);
+    world.pass_ms(50);
+    assert_eq!(verified(&world, B), []);
+    world.commits = true;
+    world.proposals.clear();
+    world.evict(A);
+    world.pass_ms(10);
+    let all = verified(&world, B);
+    assert_eq!(all.len(), 1);
+    assert!(
+        all[0].1.as_ref().unwrap().contains("verify again"),
+        "{all:?}"
+    );
 }
 
 #[test]
@@ -262,7 +370,7 @@ fn the_primary_verifies_by_the_clock() {
     assert_eq!(verified(&world, B), []);
     world.pass(Duration::from_secs(2));
     assert_eq!(verified(&world, B).len(), 1);
-    assert_eq!(world.status(A).out_of_sync[&B], [BlockRange::new(5, 1)]);
+    assert_eq!(recorded(&world, B), [BlockRange::new(5, 1)]);
     world.pass(Duration::from_secs(61));
     assert_eq!(verified(&world, B).len(), 2);
 }

@@ -20,9 +20,10 @@ pub use request::{
     WaitSyncRequest,
 };
 pub use status::{
-    ClusterStatus, DaemonStatus, Event, EventKind, EventLevel, FailureStatus, Health, LeaseStatus,
-    LossStatus, NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus, ReplicaStatus,
-    ServiceState, ServiceStatus, SplitStatus, StateChange, Status, VolumeStatus, WaitStatus,
+    ClusterStatus, DaemonStatus, DiffersStatus, Event, EventKind, EventLevel, FailureStatus,
+    Health, LeaseStatus, LossStatus, NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus,
+    ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, StateChange, Status, VolumeStatus,
+    WaitStatus,
 };
 
 /// Name of the socket within the state directory.

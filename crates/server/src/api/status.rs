@@ -198,6 +198,19 @@ pub struct LossStatus {
     pub warnings: Vec<String>,
 }
 
+/// What verification found.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiffersStatus {
+    /// The node whose replica it was compared with.
+    pub from: String,
+    /// Bytes that differ, in whole blocks of 4 KiB.
+    pub bytes: u64,
+    /// Where, as offset and length in bytes. If there are more than 256 places, neighbours are one.
+    pub places: Vec<(u64, u64)>,
+    /// It is being given what the primary has.
+    pub repair: bool,
+}
+
 /// A replica.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ReplicaStatus {
@@ -218,9 +231,9 @@ pub struct ReplicaStatus {
     pub behind_ms: Option<u64>,
     /// The protocol between it and the primary; `None` for the primary, or without one.
     pub protocol: Option<String>,
-    /// What the last verification found to differ from the primary's, as offset and length in bytes.
+    /// What verification found to differ from another replica, and nobody repaired since.
     #[serde(default)]
-    pub out_of_sync: Vec<(u64, u64)>,
+    pub differs: Option<DiffersStatus>,
     /// Progress of its resync since it began, in percent.
     pub sync_percent: Option<u8>,
     /// How fast its resync went over the last three seconds, in bytes a second; 0: it stands still.

@@ -3,7 +3,7 @@
 //! * [`node_loop`]: the node manager on its thread; [`hands`]: what its effects do.
 //! * [`volumes`]: this node's replicas, one [`volume_worker`] (with its [`mailbox`]) and one data thread each;
 //!   [`exports`]: how applications here reach them; [`links`]: connections between replicas.
-//! * [`parts`]: the parts of services.
+//! * [`parts`]: the parts of services. [`words`]: what people are told.
 
 pub(crate) mod changes;
 mod exports;
@@ -14,3 +14,4 @@ pub(crate) mod node_loop;
 pub(crate) mod parts;
 pub(crate) mod volume_worker;
 pub(crate) mod volumes;
+pub(crate) mod words;

@@ -4,7 +4,16 @@
 //! What it does may wait for a disk, so every volume has its own. The others leave their wishes
 //! in a mailbox that holds the newest of each kind: it is bounded without ever being full.
 
-use std::{collections::BTreeMap, sync::Arc, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
 
 use relevo_control::ControlLog as _;
 use relevo_datapath::{
@@ -13,7 +22,7 @@ use relevo_datapath::{
 use relevo_disk::{NewReplica, OpenError, create_replica, remove_replica};
 use relevo_format::Start;
 use relevo_node::Input;
-use relevo_replication::{DiskState, EngineStatus, SplitBrain, VolumeEvent};
+use relevo_replication::{DiskState, EngineStatus, VolumeEvent};
 use relevo_transport::EstablishedLink;
 use relevo_types::{
     NodeId, Time, VolumeId,
@@ -25,12 +34,12 @@ use super::{
     changes::Told,
     mailbox::Mailbox,
     volumes::{Live, Shared},
+    words,
 };
 use crate::{
     api::{EventKind, EventLevel},
     local_store::LocalReplica,
     state_dir::private_dir,
-    status::side_words,
 };
 
 /// How often the engine's status is looked at when nothing happens.
@@ -58,6 +67,10 @@ const PREDECESSOR_WAIT: Duration = Duration::from_secs(3);
 /// How often it is tried meanwhile.
 const PREDECESSOR_STEP: Duration = Duration::from_millis(10);
 
+/// How long a disk may take to be opened before people hear of it: a killed predecessor may hold it for a
+/// part of that.
+const OPEN_PATIENCE: Duration = Duration::from_secs(4);
+
 /// How long a detach may take: the flush of a slow disk.
 const DETACH_WAIT: Duration = Duration::from_secs(10);
 
@@ -69,6 +82,7 @@ pub(crate) fn start(volume: VolumeId, shared: Arc<Shared>) -> std::io::Result<Ar
         shared,
         mailbox: Arc::clone(&mailbox),
         handle: None,
+        opening: None,
         volume_now: None,
         down: false,
         links: BTreeMap::new(),
@@ -83,11 +97,16 @@ pub(crate) fn start(volume: VolumeId, shared: Arc<Shared>) -> std::io::Result<Ar
     Ok(mailbox)
 }
 
+/// Where the replica comes from that is being opened.
+type Opening = Receiver<Result<VolumeHandle, String>>;
+
 struct Worker {
     volume: VolumeId,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
     handle: Option<VolumeHandle>,
+    /// The replica is being opened, and the disk takes its time.
+    opening: Option<Opening>,
     /// The newest configuration.
     volume_now: Option<Arc<Volume>>,
     /// An operator detached the replica.
@@ -112,6 +131,7 @@ impl Worker {
                 LOOK_INTERVAL
             };
             let wishes = self.mailbox.take(patience);
+            self.look_at_opening();
             self.soon = if wishes.calls_for_attention() {
                 SOON_LOOKS
             } else {
@@ -244,23 +264,7 @@ impl Worker {
             return;
         }
         if self.handle.is_none() {
-            match self.open(&volume) {
-                Ok(live) => {
-                    self.handle = Some(live.handle.clone());
-                    self.shared.set_live(self.volume, Some(live));
-                    if let Some(handle) = &self.handle {
-                        let _gone = handle.lease_until(self.shared.lease());
-                    }
-                }
-                Err(why) => {
-                    let text = format!("its replica here can't be opened: {why}");
-                    // Tried again with every configuration, told once.
-                    if self.shared.set_trouble(self.volume, &why) {
-                        self.event(EventLevel::Alarm, &volume.name, &text);
-                    }
-                    self.disk_failed(why);
-                }
-            }
+            self.open(&volume);
         }
         if let Some(handle) = &self.handle {
             let _gone = handle.config(volume);
@@ -305,25 +309,97 @@ impl Worker {
         }
     }
 
-    fn open(&self, volume: &Volume) -> Result<Live, String> {
-        let backing = self.shared.replica(self.volume).map_or_else(
-            || self.shared.pool_file(self.volume, &volume.name),
-            |replica| replica.backing,
-        );
+    /// Opens the replica, or begins to: a disk that hangs is not waited for, only heard when it answers.
+    fn open(&mut self, volume: &Volume) {
+        let (opening, patience) = match self.opening.take() {
+            Some(opening) => (Ok(opening), Duration::ZERO),
+            None => (self.begin_opening(volume), OPEN_PATIENCE),
+        };
+        let opened = match opening {
+            Ok(opening) => match opening.recv_timeout(patience) {
+                Ok(opened) => opened,
+                Err(RecvTimeoutError::Disconnected) => {
+                    Err("the thread that opened it ended".to_owned())
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.opening = Some(opening);
+                    if patience.is_zero() {
+                        return;
+                    }
+                    Err("its disk does not answer; it is opened as soon as it does".to_owned())
+                }
+            },
+            Err(why) => Err(why),
+        };
+        match opened {
+            Ok(handle) => {
+                let live = self.live(volume, &handle);
+                self.shared.set_live(self.volume, Some(live));
+                let _gone = handle.lease_until(self.shared.lease());
+                self.handle = Some(handle);
+            }
+            Err(why) => {
+                let text = format!("its replica here can't be opened: {why}");
+                // Tried again with every configuration, told once.
+                if self.shared.set_trouble(self.volume, &why) {
+                    self.event(EventLevel::Alarm, &volume.name, &text);
+                }
+                self.disk_failed(why);
+            }
+        }
+    }
+
+    fn begin_opening(&self, volume: &Volume) -> Result<Opening, String> {
         let config = VolumeThreadConfig {
             engine: self.shared.engine_config(self.volume),
             name: volume.name.clone(),
-            backing: backing.clone(),
+            backing: self.backing(volume),
             driver: self.shared.driver.clone(),
             saved_dir: self.shared.saved_dir.clone(),
         };
-        let events = DataEvents {
+        let events = Arc::new(DataEvents {
             volume: self.volume,
             shared: Arc::clone(&self.shared),
             mailbox: Arc::clone(&self.mailbox),
             proposals: Arc::clone(&self.proposals),
-        };
-        let handle = spawn_patiently(&config, &Arc::new(events))?;
+        });
+        let (opened, opening) = sync_channel(1);
+        thread::Builder::new()
+            .name(format!("relevo-{}o", self.volume))
+            .spawn(move || {
+                // If nobody waits for it any more the replica is closed again with its handle.
+                drop(opened.send(spawn_patiently(&config, &events)));
+            })
+            .map_err(|error| format!("no thread to open it: {error}"))?;
+        Ok(opening)
+    }
+
+    /// What an opening that took too long came to.
+    fn look_at_opening(&mut self) {
+        if self.down {
+            // Its disk shall be free.
+            let waits = |opening: &Opening| {
+                opening
+                    .try_recv()
+                    .is_err_and(|it| it == TryRecvError::Empty)
+            };
+            self.opening = self.opening.take().filter(waits);
+        } else if self.opening.is_some()
+            && let Some(volume) = self.volume_now.clone()
+        {
+            self.configure(volume);
+        }
+    }
+
+    fn backing(&self, volume: &Volume) -> PathBuf {
+        self.shared.replica(self.volume).map_or_else(
+            || self.shared.pool_file(self.volume, &volume.name),
+            |replica| replica.backing,
+        )
+    }
+
+    /// A replica that was opened, with what clients reach it by.
+    fn live(&self, volume: &Volume, handle: &VolumeHandle) -> Live {
         let nbd = self.shared.nbd_socket(&volume.name);
         if let Err(error) = handle.listen_nbd(NbdAddress::Unix(nbd.clone())) {
             let text = format!("NBD clients can't reach it at {}: {error}", nbd.display());
@@ -338,16 +414,16 @@ impl Worker {
                 }
             }
         }
-        Ok(Live {
+        Live {
             name: volume.name.clone(),
             size: volume.size,
-            backing,
-            handle,
+            backing: self.backing(volume),
+            handle: handle.clone(),
             nbd,
             remark: None,
             waiting_since_unix_ms: None,
             progress: BTreeMap::new(),
-        })
+        }
     }
 
     /// Tells the node manager of an event, or of a status that differs from what it knows.
@@ -370,6 +446,7 @@ impl Worker {
                 | VolumeEvent::Detached
                 | VolumeEvent::Verified { .. }
                 | VolumeEvent::Healed { .. }
+                | VolumeEvent::Unreadable { .. }
                 | VolumeEvent::SplitBrain { .. }
                 | VolumeEvent::GaveWay { .. }
                 | VolumeEvent::Peer { .. },
@@ -414,53 +491,10 @@ impl Worker {
     }
 
     fn tell_people(&self, event: &VolumeEvent) {
-        let (level, text) = match event {
-            VolumeEvent::Attached { clean, remark } => {
-                let how = if *clean { "" } else { " after an unclean stop" };
-                match remark {
-                    None => (EventLevel::Info, format!("attached{how}")),
-                    Some(remark) => (EventLevel::Warning, format!("attached{how}: {remark}")),
-                }
-            }
-            VolumeEvent::Detached => (EventLevel::Info, "detached".to_owned()),
-            VolumeEvent::DiskFailed { reason } => {
-                (EventLevel::Alarm, format!("its disk here failed: {reason}"))
-            }
-            VolumeEvent::Opened { epoch } => (
-                EventLevel::Info,
-                format!("open here as primary at epoch {epoch}"),
-            ),
-            VolumeEvent::Closed { reason } => (EventLevel::Info, format!("closed here: {reason}")),
-            VolumeEvent::Verified { node, .. } => {
-                let node = self.shared.control.state().borrow().node_name(*node);
-                verified_words(&node, event)
-            }
-            VolumeEvent::Healed {
-                blocks,
-                from,
-                error,
-            } => {
-                let from = self.shared.control.state().borrow().node_name(*from);
-                let range = blocks.bytes();
-                let text = format!(
-                    "its disk here can't read {} bytes at {} ({error}); they were read from {from} and are written anew. Look at the disk",
-                    range.len, range.offset
-                );
-                (EventLevel::Warning, text)
-            }
-            VolumeEvent::SplitBrain { peer, split } => {
-                let peer = self.shared.control.state().borrow().node_name(*peer);
-                (EventLevel::Alarm, split_words(&self.name(), &peer, split))
-            }
-            VolumeEvent::GaveWay { to, saved } => {
-                let to = self.shared.control.state().borrow().node_name(*to);
-                let text = format!(
-                    "this replica gives way to the one on {to}: {saved} blocks of 4 KiB that only it had were saved (`relevo volume saved`)"
-                );
-                (EventLevel::Warning, text)
-            }
-            // Told as a change of state.
-            VolumeEvent::Peer { .. } => return,
+        let state = self.shared.control.state();
+        let node = |id| state.borrow().node_name(id);
+        let Some((level, text)) = words::of_event(event, &self.name(), node) else {
+            return;
         };
         let name = self.name();
         self.event(level, &name, &text);
@@ -650,65 +684,10 @@ impl DataEvents {
     }
 }
 
-/// What a person is told of two histories that met.
-pub(crate) fn split_words(volume: &str, peer: &str, split: &SplitBrain) -> String {
-    format!(
-        "split brain with {peer}: only this replica has {}, only that one has {}; {}; until then nothing is replicated between the two. `relevo volume resolve {volume} --keep NODE` decides; what only the other one has is saved before it is overwritten",
-        side_words(split.ours),
-        side_words(split.theirs),
-        split.why
-    )
-}
-
-/// Runs of blocks that a message names; the others are only counted.
-const RUNS_TOLD: usize = 8;
-
-/// What a person is told of a verification that ended.
-fn verified_words(node: &str, event: &VolumeEvent) -> (EventLevel, String) {
-    let VolumeEvent::Verified {
-        checked,
-        differing,
-        stopped,
-        repair,
-        ..
-    } = event
-    else {
-        return (EventLevel::Info, String::new());
-    };
-    let looked_at = match stopped {
-        None => format!("the replica on {node} was compared with this one"),
-        Some(why) => format!(
-            "the comparison with the replica on {node} ended after {} MiB: {why}",
-            (checked * relevo_types::BLOCK_SIZE) >> 20
-        ),
-    };
-    if differing.is_empty() {
-        return (EventLevel::Info, format!("{looked_at}: no difference"));
-    }
-    let blocks: u64 = differing.iter().map(|run| run.count).sum();
-    let mut places: Vec<String> = differing
-        .iter()
-        .take(RUNS_TOLD)
-        .map(|run| format!("{}+{}", run.bytes().offset, run.bytes().len))
-        .collect();
-    if differing.len() > RUNS_TOLD {
-        places.push(format!("and {} more places", differing.len() - RUNS_TOLD));
-    }
-    let next = if *repair {
-        "it leaves the in-sync set and gets these blocks from here"
-    } else {
-        "nothing was changed; `relevo verify --repair` copies what differs from here"
-    };
-    let text = format!(
-        "{looked_at}: {blocks} blocks of 4 KiB differ, at bytes {}: one of the two disks altered data by itself; {next}",
-        places.join(", ")
-    );
-    (EventLevel::Alarm, text)
-}
-
 /// Whether a person or the planner would see a difference.
 fn same_to_a_person(a: &EngineStatus, b: &EngineStatus) -> bool {
     a.open == b.open
+        && a.held == b.held
         && a.disk == b.disk
         && a.certain == b.certain
         && a.epoch == b.epoch
@@ -722,9 +701,9 @@ pub(super) fn no_status() -> EngineStatus {
         epoch: relevo_types::Epoch(0),
         certain: false,
         in_flight: 0,
+        held: false,
         waiting: None,
         peers: BTreeMap::new(),
-        out_of_sync: BTreeMap::new(),
         behind: BTreeMap::new(),
         sync_speeds: BTreeMap::new(),
         sync_same: BTreeMap::new(),

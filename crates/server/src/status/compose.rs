@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 use relevo_membership::Liveness;
 use relevo_node::{NodeStatus as Observed, Phase};
 use relevo_types::{
-    BLOCK_SIZE, NodeId, ServiceId, Time,
-    cluster::{ClusterState, Node, Part, Replica, ReplicaStanding, Service, Volume},
+    BLOCK_SIZE, BlockRange, NodeId, ServiceId, Time,
+    cluster::{ClusterState, Differs, Node, Part, Replica, ReplicaStanding, Service, Volume},
 };
 
 use super::{LocalReport, LocalVolume};
 use crate::api::{
-    ClusterStatus, FailureStatus, LeaseStatus, NodeStatus, PartState, PartStatus, PathStatus,
-    QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, VolumeStatus,
-    WaitStatus,
+    ClusterStatus, DiffersStatus, FailureStatus, LeaseStatus, NodeStatus, PartState, PartStatus,
+    PathStatus, QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus,
+    VolumeStatus, WaitStatus,
 };
 
 /// Where a status comes from.
@@ -326,9 +326,10 @@ impl Sources<'_> {
                 .filter(|primary| *primary != node)
                 .map(|primary| volume.protocol(primary, node).to_string()),
             dirty_bytes: dirty.map(|blocks| blocks.saturating_mul(BLOCK_SIZE)),
-            out_of_sync: told
-                .map(|peer| peer.out_of_sync.clone())
-                .unwrap_or_default(),
+            differs: replica
+                .differs
+                .as_ref()
+                .map(|differs| self.differs(differs)),
             sync_percent: percent,
             sync_bytes_per_s: speed,
             sync_same_bytes: told.and_then(|peer| peer.sync_same_bytes),
@@ -342,6 +343,16 @@ impl Sources<'_> {
                 .and_then(|local| local.backing.clone())
                 .or_else(|| replica.spec.backing.clone()),
             remark,
+        }
+    }
+
+    fn differs(&self, differs: &Differs) -> DiffersStatus {
+        let places = differs.runs.iter().map(BlockRange::bytes);
+        DiffersStatus {
+            from: self.state.node_name(differs.from),
+            bytes: differs.blocks.saturating_mul(BLOCK_SIZE),
+            places: places.map(|bytes| (bytes.offset, bytes.len)).collect(),
+            repair: differs.repair,
         }
     }
 

@@ -3,8 +3,8 @@
 use relevo_types::BLOCK_SIZE;
 
 use crate::api::{
-    ClusterStatus, Health, NodeStatus, PartState, ReplicaStatus, ServiceState, ServiceStatus,
-    VolumeStatus,
+    ClusterStatus, DiffersStatus, Health, NodeStatus, PartState, ReplicaStatus, ServiceState,
+    ServiceStatus, VolumeStatus,
 };
 
 /// The health of a cluster, and a sentence for each thing that is not as it should be.
@@ -82,6 +82,27 @@ impl Findings {
         }
     }
 
+    fn differs(&mut self, volume: &VolumeStatus, node: &str, differs: &DiffersStatus) {
+        let (name, from) = (&volume.name, &differs.from);
+        let places = differs.places.len();
+        let what = format!(
+            "the replicas of volume {name} on {node} and {from} differ in {} bytes at {places} places",
+            differs.bytes
+        );
+        let next = if differs.repair {
+            format!("{node} is being given what the primary has")
+        } else if volume.primary.as_deref() == Some(node) {
+            format!(
+                "{node} is primary now, and which of the two is right is not known: look at its data, then `relevo verify {name} --repair` here copies it, or move the service to {from} first"
+            )
+        } else {
+            format!(
+                "which of the two is right is not known: `relevo verify {name} --repair` on the primary copies its data, and until then others are preferred to {node}"
+            )
+        };
+        self.add(Health::Degraded, format!("{what}; {next}"));
+    }
+
     fn volume(&mut self, volume: &VolumeStatus) {
         let name = &volume.name;
         if volume.epoch == 0 {
@@ -101,6 +122,9 @@ impl Findings {
                 let problem =
                     format!("the replica of volume {name} on {node} is not in sync{progress}");
                 self.add(Health::Degraded, problem);
+            }
+            if let Some(differs) = &replica.differs {
+                self.differs(volume, node, differs);
             }
         }
         for split in &volume.splits {

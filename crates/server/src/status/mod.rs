@@ -85,8 +85,6 @@ pub(crate) struct LocalPeer {
     /// A replica of protocol A, told by its primary: bytes that it may lack, and for how long it does.
     #[serde(default)]
     pub(crate) behind: Option<(u64, u64)>,
-    /// What the last verification found to differ, as offset and length in bytes.
-    pub(crate) out_of_sync: Vec<(u64, u64)>,
 }
 
 /// Makes this node's report.
@@ -145,14 +143,6 @@ impl LocalSource {
                             dirty_at_first: live.progress.get(node).copied(),
                             sync_bytes_per_s: status.engine.sync_speeds.get(node).copied(),
                             sync_same_bytes: status.engine.sync_same.get(node).copied(),
-                            out_of_sync: status
-                                .engine
-                                .out_of_sync
-                                .get(node)
-                                .into_iter()
-                                .flatten()
-                                .map(|run| (run.bytes().offset, run.bytes().len))
-                                .collect(),
                             behind: status.engine.behind.get(node).map(|behind| {
                                 let since = behind.since.map(|since| status.as_of.since(since));
                                 let ms = since.map_or(0, |since| since.as_millis());

@@ -159,7 +159,6 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         sync_bytes_per_s: dirty.map(|_| 4096),
         sync_same_bytes: dirty.map(|_| 8192),
         behind: None,
-        out_of_sync: Vec::new(),
     };
     let volume = LocalVolume {
         disk: "UpToDate".to_owned(),

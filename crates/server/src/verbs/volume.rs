@@ -4,7 +4,7 @@ use relevo_types::{
     BLOCK_SIZE, VolumeId,
     cluster::{
         ClusterState, Command, NodeKind, Outcome, Protocol, Rejection, ReplicaSpec,
-        ReplicaStanding, Volume, VolumeChange,
+        ReplicaStanding, Volume,
     },
     size::format_size,
 };
@@ -134,7 +134,7 @@ impl Cluster {
             let command = Command::Volume {
                 volume: volume.id,
                 expect: volume.epoch,
-                change: VolumeChange::Promote { node: me },
+                change: self.promotion(volume.id),
             };
             self.propose(command).await.map_err(|failure| {
                 let is_stale = matches!(

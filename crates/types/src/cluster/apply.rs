@@ -145,7 +145,15 @@ impl ClusterState {
                 service,
                 node,
                 failure,
-            } => self.release(*service, *node, failure.as_deref()),
+                disk,
+            } => self.release(*service, *node, failure.as_deref(), *disk),
+            Command::DiskRepaired { service, node } => {
+                let failures = &mut self.service_mut(*service)?.failures;
+                if failures.get(node).is_some_and(|it| it.disk.is_some()) {
+                    failures.remove(node);
+                }
+                Ok(Outcome::Done)
+            }
         }
     }
 
@@ -332,6 +340,7 @@ impl ClusterState {
                 replaces: None,
                 leaving: false,
                 gives_way: false,
+                differs: None,
             };
             if replicas.insert(spec.node, replica).is_some() {
                 let why = format!(
@@ -492,7 +501,13 @@ impl ClusterState {
                 replica.joined = epoch;
                 replica.gives_way = false;
                 volume.in_sync.insert(*node);
+                volume.repaired(*node);
             }
+            VolumeChange::Differs {
+                node,
+                from,
+                differs,
+            } => volume.set_differs(*node, *from, differs.as_ref())?,
             VolumeChange::Force {
                 node,
                 lineage,
@@ -615,7 +630,13 @@ impl ClusterState {
         Ok(Outcome::Done)
     }
 
-    fn release(&mut self, service: ServiceId, node: NodeId, failure: Option<&str>) -> Applied {
+    fn release(
+        &mut self,
+        service: ServiceId,
+        node: NodeId,
+        failure: Option<&str>,
+        disk: Option<VolumeId>,
+    ) -> Applied {
         let service = self.service_mut(service)?;
         if service.holder != Some(node) {
             return Err(Rejection::NotHolder { node });
@@ -628,7 +649,9 @@ impl ClusterState {
                 .or_insert_with(|| FailureRecord {
                     count: 0,
                     reason: String::new(),
+                    disk,
                 });
+            record.disk = record.disk.filter(|failed| disk == Some(*failed));
             record.count += 1;
             reason.clone_into(&mut record.reason);
         }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{JoinToken, NodeKind, NodeSpec, ReplicaSpec, ServiceSpec, VolumeOptions};
+use super::{Differs, JoinToken, NodeKind, NodeSpec, ReplicaSpec, ServiceSpec, VolumeOptions};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
 };
@@ -180,6 +180,16 @@ pub enum Command {
         node: NodeId,
         /// Set when it gives up because a part failed.
         failure: Option<String>,
+        /// What failed is the node's disk of this volume.
+        #[serde(default)]
+        disk: Option<VolumeId>,
+    },
+    /// The disk that made a node give a service up is in use again, with all data.
+    DiskRepaired {
+        /// The service.
+        service: ServiceId,
+        /// The node.
+        node: NodeId,
     },
 }
 
@@ -214,6 +224,15 @@ pub enum VolumeChange {
     Join {
         /// The node.
         node: NodeId,
+    },
+    /// A verification of a replica ended, or what to do about what it found was decided.
+    Differs {
+        /// The node of the replica.
+        node: NodeId,
+        /// The primary, which compared it with its own.
+        from: NodeId,
+        /// What differs; `None`: nothing.
+        differs: Option<Differs>,
     },
     /// A person takes a replica outside the in-sync set for the volume: it becomes the set, and a new
     /// history begins. What only others have is missing from now on. Rejected while the volume has a

@@ -6,6 +6,7 @@
 
 mod apply;
 mod command;
+mod differs;
 pub mod options;
 mod service;
 mod state;
@@ -13,6 +14,7 @@ mod state;
 mod tests;
 
 pub use command::{Command, Outcome, Proof, Rejection, VolumeChange};
+pub use differs::{DIFFERS_RUNS_MAX, Differs};
 pub use options::{
     AfterSplitBrain, Congestion, Encryption, OnCongestion, PairProtocol, VolumeOptions,
 };

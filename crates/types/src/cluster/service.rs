@@ -21,7 +21,8 @@ pub struct Service {
     /// the holder after it stopped every part, or by the holder's eviction with a proof.
     pub holder: Option<NodeId>,
     /// Nodes that gave it up because a part failed there, and why. Cleared by
-    /// `service start`, and for a node that is in sync again on a volume of the service.
+    /// `service start`, and for a node that is in sync again on a volume of the service, or whose disk
+    /// was what failed and is in use again.
     pub failures: BTreeMap<NodeId, FailureRecord>,
 }
 
@@ -32,6 +33,10 @@ pub struct FailureRecord {
     pub count: u32,
     /// The last reason.
     pub reason: String,
+    /// It was the node's disk of this volume, and nothing else before: once that disk is in use again the
+    /// failure is over.
+    #[serde(default)]
+    pub disk: Option<VolumeId>,
 }
 
 /// What the administrator asks for.

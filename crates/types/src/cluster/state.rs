@@ -8,7 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Service, VolumeOptions};
+use super::{Differs, Service, VolumeOptions};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, ReplicaSlot, Sensitivity, ServiceId,
     VolumeId,
@@ -219,6 +219,9 @@ pub struct Replica {
     /// Its node saves it before it is overwritten. Over when it joins.
     #[serde(default)]
     pub gives_way: bool,
+    /// A verification found it to differ, and it was not repaired since.
+    #[serde(default)]
+    pub differs: Option<Differs>,
 }
 
 /// How many histories of a volume are remembered.

@@ -365,6 +365,7 @@ fn one_service_one_holder() {
         service: S,
         node,
         failure: Some("disk".to_owned()),
+        disk: None,
     };
     assert_eq!(
         state.apply(&release(B)),
@@ -409,6 +410,7 @@ fn a_node_that_is_in_sync_again_may_have_the_service_again() {
             service: S,
             node: A,
             failure: Some("its disk failed".to_owned()),
+            disk: Some(V),
         })
         .unwrap();
     assert!(state.services[&S].failures.contains_key(&A));

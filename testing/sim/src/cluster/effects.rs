@@ -392,8 +392,16 @@ impl Cluster {
                 self.marks
                     .reached("a read error was healed from another replica");
             }
+            VolumeEvent::Unreadable { blocks, .. } => {
+                self.marks
+                    .reached("a replica could not read what was compared");
+                self.machines[node].unreadable.extend(blocks.iter());
+            }
             VolumeEvent::DiskFailed { reason } => {
-                if reason.contains("disk-timeout") {
+                if reason.contains("while it was attached") {
+                    self.marks
+                        .reached("a disk that hung while it was attached was given up");
+                } else if reason.contains("disk-timeout") {
                     self.marks.reached("a disk that hung was given up");
                 }
                 process.disk_failed = true;
@@ -417,7 +425,10 @@ impl Cluster {
                 differing,
                 stopped,
                 ..
-            } => self.verified(index_of(peer), &differing, stopped.is_none())?,
+            } => {
+                let found = (index_of(peer), &differing[..]);
+                self.verified(node, found, stopped.is_none())?;
+            }
             VolumeEvent::Peer { state, .. } => {
                 let paused = matches!(
                     state,

@@ -145,6 +145,9 @@ impl Cluster {
                     }
                     self.promoted(index_of(*node));
                 }
+                VolumeChange::Differs { .. } => {
+                    self.marks.reached("commit: what verification found");
+                }
                 VolumeChange::Force { .. } => self.marks.reached("commit: force"),
                 VolumeChange::KeepInForce => {}
                 VolumeChange::GiveWay { node, to } => {
@@ -340,7 +343,8 @@ impl Cluster {
         let Some(process) = &machine.process else {
             return;
         };
-        let patience = if self.scenario.repair_late && !self.repairing {
+        let late = self.scenario.repair_late && !self.repairing;
+        let patience = if late || self.last_disk.is_some() {
             return;
         } else {
             Duration::from_millis(300)
@@ -434,13 +438,8 @@ impl Cluster {
 
     /// The promotion of a node, as its engine says now what it knows.
     fn promotion_of(&self, node: Index) -> VolumeChange {
-        let certain = self.engine(node).is_some_and(|it| it.status().certain);
-        let node = node_id(node);
-        if certain {
-            VolumeChange::Promote { node }
-        } else {
-            VolumeChange::PromoteUncertain { node }
-        }
+        let status = self.engine(node).map(relevo_replication::Engine::status);
+        relevo_replication::io::promotion(node_id(node), status.as_ref())
     }
 
     /// Whether the committed state has all replicas in sync.

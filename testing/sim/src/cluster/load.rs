@@ -26,6 +26,8 @@ pub(super) struct Load {
     pub(super) answered: u64,
     /// Writes answered well since the last heal.
     pub(super) writes_answered: u64,
+    /// Reads that failed while the disk was in use, of the last one in sync.
+    pub(super) read_errors: u64,
 }
 
 #[derive(Debug)]
@@ -51,11 +53,17 @@ impl Load {
             pending: BTreeMap::new(),
             answered: 0,
             writes_answered: 0,
+            read_errors: 0,
         }
     }
 
     pub(super) fn is_idle(&self) -> bool {
         self.pending.is_empty()
+    }
+
+    /// Whether requests to a node have no answer.
+    pub(super) fn waits_at(&self, node: Index) -> bool {
+        self.pending.values().any(|pending| pending.node == node)
     }
 
     /// The oldest request without an answer, for messages.
@@ -74,7 +82,8 @@ impl Cluster {
             Phase::Trouble => !self.quiet,
             Phase::Healing => {
                 let hangs = self.machines.iter().any(|machine| machine.hung);
-                !self.scenario.idle_heal || self.all_in_sync(false) || hangs
+                let alone = self.last_disk.is_some();
+                !self.scenario.idle_heal || self.all_in_sync(false) || hangs || alone
             }
             Phase::Settling => false,
         };
@@ -246,6 +255,7 @@ impl Cluster {
                     .as_ref()
                     .is_some_and(|process| !process.disk_failed);
                 let reads = matches!(pending.what, What::Read(_));
+                self.request_failed(node, error, reads)?;
                 let open = self.machines[node].open().is_some();
                 if error == ReplyError::Io && attached && open && !reads {
                     self.marks.reached("requests failed without a majority");

@@ -2,7 +2,7 @@
 //! process with its engine. Owned by the cluster.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -62,6 +62,8 @@ pub(super) struct Machine {
     /// Operations that begin before then end after it.
     pub(super) slow_until: Time,
     pub(super) failing: Option<Failing>,
+    /// Blocks of which some could not be read when they were compared.
+    pub(super) unreadable: BTreeSet<u64>,
     /// No operation ends.
     pub(super) hung: bool,
     /// It can't reach the control log until then.
@@ -128,6 +130,7 @@ impl Machine {
             crash_in: None,
             slow_until: Time::ZERO,
             failing: None,
+            unreadable: BTreeSet::new(),
             hung: false,
             log_away_until: Time::ZERO,
             disk_effects: 0,

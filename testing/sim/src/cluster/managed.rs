@@ -439,8 +439,8 @@ impl Cluster {
         let Some(leader) = self.leader.filter(|leader| self.reaches_majority(*leader)) else {
             return;
         };
-        // A node that has the data, a disk that works and no failure on record needs nobody: there the
-        // managers must bring the service up by themselves. A person is also right to start it before
+        // A node that has the data, a disk that works and no failure on record, or none but of that disk,
+        // needs nobody: there the managers must bring the service up by themselves. A person is also right to start it before
         // a failed disk elsewhere is replaced. A failure may be recorded late; the operator looks again.
         let able: Vec<NodeId> = self
             .control
@@ -459,7 +459,13 @@ impl Cluster {
             .services
             .values()
             .filter(|service| !service.failures.is_empty())
-            .filter(|service| able.iter().all(|node| service.failures.contains_key(node)))
+            .filter(|service| {
+                let gave_up = |node: &NodeId| {
+                    let record = service.failures.get(node);
+                    record.is_some_and(|record| record.disk.is_none())
+                };
+                able.iter().all(gave_up)
+            })
             .map(|service| service.id)
             .collect();
         for service in given_up {

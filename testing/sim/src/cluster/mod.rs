@@ -7,6 +7,7 @@
 
 mod effects;
 mod govern;
+mod last_disk;
 mod load;
 mod machine;
 mod managed;
@@ -196,6 +197,8 @@ pub struct Cluster {
     rotten: Option<rot::Rotten>,
     replaced: Option<replicas::Replaced>,
     second: second::Second,
+    /// Whose disk is the last one that works, or did: nobody repairs any.
+    last_disk: Option<Index>,
     /// Whose reign is of a history that is not in force any more: clients stay away until they open anew.
     severed: BTreeSet<Index>,
     /// Whose history was in force and gave way, by itself or by a policy.
@@ -262,6 +265,7 @@ impl Cluster {
                 on_no_quorum: scenario.on_no_quorum,
                 csums: scenario.csums,
                 on_io_error,
+                on_no_data: scenario.on_no_data,
                 disk_timeout,
                 ..VolumeOptions::default()
             })
@@ -327,6 +331,7 @@ impl Cluster {
             went_back: BTreeSet::new(),
             target: None,
             person_needed: false,
+            last_disk: None,
             leader: None,
             last_leave: Tick(0),
             last_open: None,
@@ -387,6 +392,9 @@ impl Cluster {
             self.settle()?;
             if self.scenario.rot {
                 self.rot_one()?;
+            }
+            if self.scenario.last_disk {
+                self.fail_last_disk()?;
             }
         }
         if self.scenario.split {

@@ -7,7 +7,12 @@ use bytes::Bytes;
 use relevo_replication::{Order, PeerState};
 use relevo_types::{BlockRange, Time, cluster::Command};
 
-use super::{Cluster, Phase, node_id};
+use super::{
+    Cluster, Phase,
+    machine::{Crash, Failing},
+    node_id,
+    verify::HEAL_WITHIN,
+};
 use crate::{
     check::{Verdict, Violation, equal, marked},
     net::Index,
@@ -56,6 +61,9 @@ impl Cluster {
                 disk.install(range.offset, &Bytes::from(bytes));
             }
         }
+        if self.chance.trouble.chance(25.0) {
+            self.machines[node].failing = Some(Failing::Read);
+        }
         self.trace
             .node(now, node, || format!("blocks {blocks:?} rot on its disk"));
         self.rotten = Some(Rotten {
@@ -64,16 +72,23 @@ impl Cluster {
             found: false,
         });
         self.phase = Phase::Settling;
-        let until = self.queue.now() + REPAIRED_WITHIN;
-        self.wait_until_repaired(primary, node, until)?;
+        let within = if self.scenario.kill_finder {
+            HEAL_WITHIN
+        } else {
+            REPAIRED_WITHIN
+        };
+        self.wait_until_repaired(primary, node, self.queue.now() + within)?;
         self.marks.reached("verification found what a disk altered");
         self.rotten = None;
-        marked::drained(self.engine(primary), node_id(node))
+        match self.open_primary().filter(|primary| *primary != node) {
+            Some(primary) => marked::drained(self.engine(primary), node_id(node)),
+            None => Ok(()),
+        }
     }
 
     /// A person asks for the service where it is, as one does before a verification: it takes the primary's
     /// content for right, so a replica that rots must not become primary before it was compared.
-    fn keep_service(&mut self) -> Verdict {
+    pub(super) fn keep_service(&mut self) -> Verdict {
         let services = self.control.state().services.values();
         let held = services.map(|service| (service.id, service.holder)).next();
         if let Some((service, target)) = held {
@@ -92,16 +107,26 @@ impl Cluster {
     fn wait_until_repaired(&mut self, primary: Index, node: Index, until: Time) -> Verdict {
         let is_repaired = |cluster: &Self| {
             let disk = |node: Index| &cluster.machines[node].disk;
-            let blocks = cluster.scenario.blocks;
+            let same = |other: Index| {
+                let mut differing =
+                    equal::differing(cluster.scenario.blocks, disk(other), disk(node));
+                differing.next().is_none()
+            };
             cluster.rotten.as_ref().is_some_and(|rotten| rotten.found)
                 && cluster.is_silent_and_whole()
                 && cluster.queue.now() >= cluster.second.over_at
-                && equal::differing(blocks, disk(primary), disk(node))
-                    .next()
-                    .is_none()
+                && (0..cluster.scenario.data_nodes).all(same)
         };
         let mut order_at = self.queue.now();
+        let mut kills = self.scenario.kill_finder;
         while !is_repaired(self) {
+            let found = self.rotten.as_ref().is_some_and(|rotten| rotten.found);
+            if found && kills {
+                kills = false;
+                self.marks
+                    .reached("who found what a disk altered was lost before it was repaired");
+                self.crash_and_return(primary, Crash::Power);
+            }
             if self.queue.now() >= order_at {
                 // Again and again: it is refused until the primary knows that all are in sync.
                 order_at = self.queue.now() + ORDER_EVERY;
@@ -133,17 +158,32 @@ impl Cluster {
         self.order(primary, verify)
     }
 
-    /// An engine tells what it found.
+    /// An engine tells what it found of another replica.
     pub(super) fn verified(
         &mut self,
-        node: Index,
-        differing: &[BlockRange],
+        by: Index,
+        (node, differing): (Index, &[BlockRange]),
         whole: bool,
     ) -> Verdict {
         if whole {
             self.marks.reached("a verification came to its end");
         }
-        let found: BTreeSet<u64> = differing.iter().flat_map(BlockRange::iter).collect();
+        let open = self.engine(by).is_some_and(|engine| engine.status().open);
+        let replica = self.control.volume().replicas.get(&node_id(node));
+        let recorded = replica.is_none_or(|replica| replica.differs.is_some());
+        if open && !differing.is_empty() && !recorded && self.replaced.is_none() {
+            return Err(Violation::new(
+                RULE,
+                format!("n{} tells of damage that the log does not have", by + 1),
+            ));
+        }
+        let mut found: BTreeSet<u64> = differing.iter().flat_map(BlockRange::iter).collect();
+        // Those count as different, for nobody can tell.
+        let unreadable = &self.machines[node].unreadable;
+        let rots = self.rotten.as_ref().map(|rotten| &rotten.blocks);
+        found.retain(|block| {
+            !unreadable.contains(block) || rots.is_some_and(|it| it.contains(block))
+        });
         let rotten = self.rotten.as_mut().filter(|rotten| rotten.node == node);
         let expected = rotten
             .as_ref()

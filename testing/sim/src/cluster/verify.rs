@@ -6,7 +6,7 @@ use std::time::Duration;
 use relevo_replication::{DiskState, PeerState};
 use relevo_types::{NodeId, Time};
 
-use super::{Cluster, Event, Phase, index_of, node_id};
+use super::{Cluster, Event, Phase, index_of, machine::Crash, node_id};
 use crate::{
     check::{HEALS, Verdict, Violation, equal, marked},
     net::{Index, Plane},
@@ -17,7 +17,7 @@ use crate::{
 pub(super) const HEAL_WITHIN: Duration = Duration::from_secs(14);
 
 /// From when a secondary's disk hangs until writes go on without it: some link time-outs.
-const SERVES_WITHOUT_WITHIN: Duration = Duration::from_secs(8);
+pub(super) const SERVES_WITHOUT_WITHIN: Duration = Duration::from_secs(8);
 
 /// Silence after which a member knows of every write that it is complete.
 pub(super) const QUIET: Duration = Duration::from_millis(110);
@@ -115,6 +115,9 @@ impl Cluster {
             "writes go on without the replica whose disk hangs",
             |cluster| cluster.load.writes_answered > 2 * clients,
         )?;
+        if self.scenario.disk_trouble.1.seconds == Some(2) {
+            self.attach_hanging(node)?;
+        }
         self.machines[node].hung = false;
         self.second.off = false;
         let until = self.queue.now() + HEAL_WITHIN;
@@ -125,7 +128,21 @@ impl Cluster {
         )
     }
 
-    fn is_whole(&self) -> bool {
+    /// The daemon of a node whose disk hangs starts again: its replica is given up, and when the disk is back
+    /// it is attached.
+    fn attach_hanging(&mut self, node: Index) -> Verdict {
+        self.crash(node, Crash::Process);
+        self.start(node)?;
+        let until = self.queue.now() + SERVES_WITHOUT_WITHIN;
+        self.wait_for(until, "a disk that hangs is given up", |cluster| {
+            let process = cluster.machines[node].process.as_ref();
+            process.is_some_and(|process| process.disk_failed)
+        })?;
+        self.repairing = true;
+        Ok(())
+    }
+
+    pub(super) fn is_whole(&self) -> bool {
         self.load.writes_answered >= 3
             && self.queue.now() >= self.second.over_at
             && (self.replaced.is_none() || self.scenario.repair_late && !self.repairing)

@@ -20,6 +20,7 @@ fn caught(bug: PlantedBug) {
         let mut scenario = Scenario {
             planted: Some(Planted(bug)),
             hang_one: false,
+            last_disk: false,
             ..Scenario::of_seed(seed)
         };
         scenario.split |= matches!(
@@ -38,6 +39,7 @@ fn caught(bug: PlantedBug) {
             scenario.protocols[2] = Protocol::A;
             scenario.faults = vec![(Fault::CutPair, 1), (Fault::CutOneWay, 1)];
         }
+        scenario.rot |= bug == PlantedBug::RepairForgotten;
         if bug == PlantedBug::HealFromAnybody {
             // A disk fails to read while another replica is behind; nothing else does.
             scenario.faults = vec![(Fault::DiskError, 1), (Fault::CutPair, 1)];
@@ -136,6 +138,16 @@ fn verifying_outside_the_gate_is_caught() {
 #[test]
 fn repairing_a_member_is_caught() {
     caught(PlantedBug::RepairWithoutLeave);
+}
+
+#[test]
+fn telling_of_damage_that_the_log_does_not_have_is_caught() {
+    caught(PlantedBug::ToldBeforeCommitted);
+}
+
+#[test]
+fn forgetting_a_repair_with_who_found_it_is_caught() {
+    caught(PlantedBug::RepairForgotten);
 }
 
 #[test]

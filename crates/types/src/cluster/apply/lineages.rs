@@ -95,6 +95,9 @@ impl Volume {
                 replica.joined = joined;
                 // Whatever was planned for it: it is the volume now.
                 replica.leaving = false;
+                if let Some(differs) = &mut replica.differs {
+                    differs.repair = false;
+                }
             }
         }
     }

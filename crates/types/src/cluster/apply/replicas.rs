@@ -45,6 +45,7 @@ impl ClusterState {
             replaces,
             leaving: false,
             gives_way: false,
+            differs: None,
         };
         volume.replicas.insert(spec.node, replica);
         volume.version += 1;
@@ -108,6 +109,7 @@ impl Volume {
         for replica in self.replicas.values_mut() {
             replica.replaces = replica.replaces.filter(|node| left.contains(node));
         }
+        self.forget_differences();
     }
 }
 
