@@ -58,6 +58,12 @@ pub(crate) struct Link {
     /// Send what is left, until then at most, and end.
     closing: Option<Time>,
     notified: bool,
+    /// It continues that connection, whose last message was not read yet; nothing is read here before.
+    pub(crate) follows: Option<u32>,
+    /// [`Message::Moved`] was queued: what follows goes elsewhere.
+    pub(crate) moved_out: bool,
+    /// It was read: what follows comes elsewhere.
+    pub(crate) moved_in: bool,
     /// What is registered with the poller.
     pub(crate) interest: Interest,
 }
@@ -85,6 +91,9 @@ impl Link {
             outgoing_bytes: 0,
             closing: None,
             notified: false,
+            follows: None,
+            moved_out: false,
+            moved_in: false,
             interest: Interest::default(),
         })
     }
@@ -271,9 +280,15 @@ impl Link {
         self.notified && !self.wants_write()
     }
 
+    /// All that belongs to this connection was sent and read: another one continues it.
+    pub(crate) fn has_moved(&self) -> bool {
+        let sent = self.outgoing.is_empty() && self.heads.is_empty() && !self.wants_write();
+        self.moved_out && self.moved_in && sent
+    }
+
     pub(crate) fn wanted(&self) -> Interest {
         Interest {
-            read: self.closing.is_none(),
+            read: self.closing.is_none() && self.follows.is_none(),
             write: self.wants_write(),
         }
     }

@@ -315,6 +315,7 @@ impl Machine {
                 self.heard_of_split(cx, peer, &refusal);
                 self.close_link(cx, peer, format!("the peer ended it: {refusal}"));
             }
+            Message::Moved => self.protocol_error(cx, peer, "a connection that moved within"),
             Message::Ping | Message::Pong => {}
         }
     }

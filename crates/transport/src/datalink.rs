@@ -66,6 +66,8 @@ pub struct EstablishedLink {
     pub protocol: ProtocolVersion,
     /// The peer's address; tells which path the link is on.
     pub remote: SocketAddr,
+    /// It continues the link that there is: see [`relevo_wire::Message::Moved`].
+    pub continues: bool,
     /// The socket, non-blocking, tuned.
     pub stream: std::net::TcpStream,
     /// The TLS session, its handshake done and all it had to write written. What the peer sent
@@ -243,6 +245,7 @@ async fn accept_one(
         volume: theirs.volume,
         protocol,
         remote: from,
+        continues: theirs.continues,
         stream: stream.into_std().map_err(|error| error.to_string())?,
         tls,
     })
@@ -280,9 +283,38 @@ impl LinkDialer {
         encryption: Encryption,
         timeout: Duration,
     ) -> Result<EstablishedLink, LinkError> {
+        self.dial_for(peer, addresses, volume, encryption, timeout, false)
+            .await
+    }
+
+    /// The same for a connection that continues the link that there is.
+    ///
+    /// # Errors
+    /// None led to the peer, or it refused.
+    pub async fn dial_on(
+        &self,
+        peer: NodeId,
+        addresses: &[SocketAddr],
+        volume: VolumeId,
+        encryption: Encryption,
+        timeout: Duration,
+    ) -> Result<EstablishedLink, LinkError> {
+        self.dial_for(peer, addresses, volume, encryption, timeout, true)
+            .await
+    }
+
+    async fn dial_for(
+        &self,
+        peer: NodeId,
+        addresses: &[SocketAddr],
+        volume: VolumeId,
+        encryption: Encryption,
+        timeout: Duration,
+        continues: bool,
+    ) -> Result<EstablishedLink, LinkError> {
         let mut failures = Vec::new();
         for address in addresses {
-            let attempt = self.dial_one(peer, *address, volume, encryption, timeout);
+            let attempt = self.dial_one(peer, *address, volume, encryption, timeout, continues);
             match tokio::time::timeout(timeout, attempt).await {
                 Ok(Ok(link)) => return Ok(link),
                 Ok(Err(why)) => failures.push(format!("{address}: {why}")),
@@ -308,6 +340,7 @@ impl LinkDialer {
         volume: VolumeId,
         encryption: Encryption,
         timeout: Duration,
+        continues: bool,
     ) -> Result<EstablishedLink, String> {
         let stream = net::connect(address, timeout)
             .await
@@ -317,7 +350,10 @@ impl LinkDialer {
             .connect(name, stream)
             .await
             .map_err(|error| describe_tls_error(&error))?;
-        let ours = LinkHello::new(self.identity.cluster(), volume, encryption);
+        let ours = LinkHello {
+            continues,
+            ..LinkHello::new(self.identity.cluster(), volume, encryption)
+        };
         let sent = async {
             stream.write_all(&ours.encode()).await?;
             stream.flush().await
@@ -341,6 +377,7 @@ impl LinkDialer {
             volume,
             protocol,
             remote: address,
+            continues,
             stream: stream.into_std().map_err(|error| error.to_string())?,
             tls,
         })

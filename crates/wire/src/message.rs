@@ -269,6 +269,9 @@ pub enum Message {
         /// It shall stand still.
         paused: bool,
     },
+    /// The last message on a connection: what follows comes on another one, as if it were the same link.
+    /// Between the ends of connections; an engine never sees it.
+    Moved,
     /// Keeps an idle link provably alive. Answered by [`Message::Pong`].
     Ping,
     /// Answer to `Ping`.
@@ -317,14 +320,6 @@ pub enum Refusal {
         given: Epoch,
         /// The highest epoch seen.
         seen: Epoch,
-    },
-    /// The two have different histories. Nobody says so any more: see [`Message::Changes`].
-    #[error("the data belongs to history {ours}, not {theirs}")]
-    OtherLineage {
-        /// The sender's.
-        ours: LineageId,
-        /// The receiver's.
-        theirs: LineageId,
     },
     /// The sender's disk failed or is not attached.
     #[error("the disk is not usable: {reason}")]

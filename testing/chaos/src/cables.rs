@@ -76,6 +76,14 @@ impl Cables {
         }
     }
 
+    /// Pulls or plugs a machine's cable of one network: `lan` or `repl`.
+    ///
+    /// # Panics
+    /// There is no such machine or network.
+    pub fn set_one(&self, machine: &str, network: &str, up: bool) {
+        self.hub.set_cable(machine, network, up).unwrap();
+    }
+
     /// Drops whatever a machine receives or sends from now on.
     ///
     /// # Panics

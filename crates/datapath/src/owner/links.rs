@@ -26,7 +26,7 @@ impl Owner {
             tracing::error!(link = ?established, volume = self.name, "a link of another volume");
             return;
         }
-        let peer = established.peer;
+        let (peer, continues) = (established.peer, established.continues);
         let wanted = self.volume.as_ref().map(|it| it.options.encryption);
         if wanted.is_some_and(|wanted| wanted != established.encryption()) {
             // It is asked for again.
@@ -40,11 +40,21 @@ impl Owner {
                 return;
             }
         };
-        // The newest is the one that the peer uses; the engine treats it the same way.
-        if let Some(old) = self.link_of.remove(&peer) {
-            self.drop_link(old);
-        }
         let number = self.number();
+        let old = self.link_of.get(&peer).copied();
+        if let Some(old) = old.filter(|_| continues)
+            && self.move_out(old)
+        {
+            let follows = self.links.get(&old).is_some_and(|old| !old.moved_in);
+            let mut link = link;
+            link.follows = follows.then_some(old);
+            self.links.insert(number, link);
+            self.link_of.insert(peer, number);
+            self.receive_link(number);
+            return;
+        }
+        // The newest is the one that the peer uses; the engine treats it the same way.
+        self.drop_links(peer);
         self.links.insert(number, link);
         self.link_of.insert(peer, number);
         self.tell(Input::LinkUp { peer });
@@ -52,20 +62,54 @@ impl Owner {
         self.receive_link(number);
     }
 
+    /// The last message on a connection whose link moves to another one. False: it can't.
+    fn move_out(&mut self, number: u32) -> bool {
+        let Some(link) = self.links.get_mut(&number) else {
+            return false;
+        };
+        let whole = link.closing().is_none() && link.follows.is_none() && !link.moved_out;
+        link.moved_out = whole && link.send(&Message::Moved).is_ok();
+        link.moved_out
+    }
+
+    /// The peer sends nothing more on a connection: what continues it is read from here on.
+    fn moved_in(&mut self, number: u32) {
+        if let Some(link) = self.links.get_mut(&number) {
+            link.moved_in = true;
+        }
+        let mut links = self.links.iter_mut();
+        let next = links.find(|(_, link)| link.follows == Some(number));
+        if let Some((next, link)) = next {
+            link.follows = None;
+            let next = *next;
+            self.receive_link(next);
+        }
+    }
+
     pub(super) fn receive_link(&mut self, number: u32) {
         let Some(link) = self.links.get_mut(&number) else {
             return;
         };
-        if link.closing().is_some() {
-            return; // Written to at the end of the turn.
+        if link.closing().is_some() || link.follows.is_some() {
+            return; // Written to at the end of the turn, or read later.
         }
         let peer = link.peer;
         let mut messages = mem::take(&mut self.messages);
-        let result = link.receive(&mut self.scratch, &mut messages);
+        let ended = link.moved_in;
+        let mut result = link.receive(&mut self.scratch, &mut messages);
+        if ended && !messages.is_empty() {
+            messages.clear();
+            result = Err("the peer goes on where it said that it had ended".to_owned());
+        }
+        let moved = matches!(messages.last(), Some(Message::Moved));
+        messages.truncate(messages.len() - usize::from(moved));
         for message in messages.drain(..) {
             self.tell(Input::Message { peer, message });
         }
         self.messages = messages;
+        if moved {
+            self.moved_in(number);
+        }
         if let Err(reason) = result {
             self.lose_link(number, reason);
         }
@@ -91,6 +135,8 @@ impl Owner {
         if let Some(link) = self.links.get_mut(&number) {
             link.close(relevo_disk::clock::now() + CLOSE_WAIT);
         }
+        // What it continues is of no use any more.
+        self.drop_links(peer);
         self.say(DatapathEvent::LinkLost { peer, reason });
     }
 
@@ -108,14 +154,32 @@ impl Owner {
         Some(link.peer)
     }
 
+    /// A connection is over. One that another one continues, or that continues another one, takes that with
+    /// it, unless all of it was sent and read: what the link carried may be lost.
     fn lose_link(&mut self, number: u32, reason: String) {
-        let Some(peer) = self.drop_link(number) else {
+        let Some(link) = self.links.get(&number) else {
             return;
         };
-        if self.link_of.get(&peer) == Some(&number) {
-            self.link_of.remove(&peer);
-            self.tell(Input::LinkDown { peer });
-            self.say(DatapathEvent::LinkLost { peer, reason });
+        let (peer, over) = (link.peer, link.closing().is_some() || link.has_moved());
+        if over {
+            self.drop_link(number);
+            return;
+        }
+        self.drop_links(peer);
+        self.tell(Input::LinkDown { peer });
+        self.say(DatapathEvent::LinkLost { peer, reason });
+    }
+
+    /// Ends all connections to a peer but those that send their last words.
+    fn drop_links(&mut self, peer: NodeId) {
+        self.link_of.remove(&peer);
+        let links = self.links.iter();
+        let open: Vec<u32> = links
+            .filter(|(_, link)| link.peer == peer && link.closing().is_none())
+            .map(|(number, _)| *number)
+            .collect();
+        for number in open {
+            self.drop_link(number);
         }
     }
 
@@ -139,6 +203,7 @@ impl Owner {
         for (number, link) in &mut self.links {
             let over = match link.flush() {
                 Ok(()) if link.is_done() => Some("closed".to_owned()),
+                Ok(()) if link.has_moved() => Some("moved".to_owned()),
                 Ok(()) if link.closing().is_some_and(|deadline| deadline <= now) => {
                     Some("closed; the peer did not take the last words".to_owned())
                 }

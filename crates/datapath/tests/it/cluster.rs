@@ -335,24 +335,47 @@ impl Cluster {
 
     /// Establishes a link between the two.
     fn join(&mut self) {
+        let [dialed, accepted] = self.establish(false);
+        self.nodes[&A].handle.link(dialed).unwrap();
+        self.nodes[&B].handle.link(accepted).unwrap();
+    }
+
+    /// Moves the link to another connection, which one of the two knows of some milliseconds earlier.
+    pub(crate) fn move_link(&mut self, first: NodeId) {
+        let [dialed, accepted] = self.establish(true);
+        let (mut ends, pause) = ([(A, dialed), (B, accepted)], Duration::from_millis(3));
+        if first == B {
+            ends.reverse();
+        }
+        for (node, end) in ends {
+            self.nodes[&node].handle.link(end).unwrap();
+            std::thread::sleep(pause);
+        }
+    }
+
+    fn establish(&mut self, continues: bool) -> [EstablishedLink; 2] {
         let addresses = self.listener.addresses().to_vec();
         let encryption = self.volume().options.encryption;
         let (dialer, listener) = (&self.dialer, &mut self.listener);
+        let wait = Duration::from_secs(5);
         let (dialed, accepted) = self.runtime.block_on(async {
-            tokio::join!(
-                dialer.dial(B, &addresses, V, encryption, Duration::from_secs(5)),
-                listener.accept()
-            )
+            let dial = async {
+                if continues {
+                    dialer.dial_on(B, &addresses, V, encryption, wait).await
+                } else {
+                    dialer.dial(B, &addresses, V, encryption, wait).await
+                }
+            };
+            tokio::join!(dial, listener.accept())
         });
-        let (dialed, accepted): (EstablishedLink, EstablishedLink) =
-            (dialed.unwrap(), accepted.unwrap());
-        self.made = Some(dialed.encryption());
-        self.sockets = vec![
-            dialed.stream.try_clone().unwrap(),
-            accepted.stream.try_clone().unwrap(),
-        ];
-        self.nodes[&A].handle.link(dialed).unwrap();
-        self.nodes[&B].handle.link(accepted).unwrap();
+        let ends = [dialed.unwrap(), accepted.unwrap()];
+        assert!(ends.iter().all(|end| end.continues == continues));
+        self.made = Some(ends[0].encryption());
+        self.sockets = ends
+            .iter()
+            .map(|end| end.stream.try_clone().unwrap())
+            .collect();
+        ends
     }
 
     /// Breaks the link; there is no other until `cut` is taken back.

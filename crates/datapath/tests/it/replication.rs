@@ -1,6 +1,12 @@
 //! What a user relies on, end to end through one process.
 
-use std::thread;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+};
 
 use relevo_datapath::DatapathEvent;
 use relevo_disk::{DriverChoice, DriverKind};
@@ -260,4 +266,52 @@ fn a_restarted_secondary_catches_up() {
     cluster.until("the peer is in sync again", |c| c.in_sync() == [A, B]);
     assert!(cluster.data(A) == cluster.data(B), "the replicas are equal");
     drop(client);
+}
+
+/// The link moves to another connection again and again while a client writes, as it does when it goes back
+/// to the path that it prefers: nothing is lost, and nobody leaves the in-sync set.
+#[test]
+fn a_link_moves_to_another_connection_and_nobody_notices() {
+    let mut cluster = Cluster::new(&[A, B]);
+    cluster.promote(A);
+    cluster.until("both are in sync", |c| c.in_sync() == [A, B]);
+    let epoch = cluster.volume().epoch;
+    let mut client = cluster.connect(A);
+    let (stop, writes) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU64::new(0)),
+    );
+    let (told, count) = (Arc::clone(&stop), Arc::clone(&writes));
+    let writer = thread::spawn(move || {
+        while !told.load(Ordering::Relaxed) {
+            let n = count.fetch_add(1, Ordering::Relaxed);
+            let len = [4096, 1 << 20, 65_536][n as usize % 3];
+            let data = block(n as u8, len);
+            client.write(n % 50 * (1 << 20), &data, false).unwrap();
+        }
+        client.flush().unwrap();
+    });
+    for round in 0..30 {
+        cluster.move_link(if round % 2 == 0 { A } else { B });
+        let before = writes.load(Ordering::Relaxed);
+        cluster.until("writes go on", |_| {
+            writes.load(Ordering::Relaxed) > before + 10
+        });
+    }
+    let lost = |event: &DatapathEvent| matches!(event, DatapathEvent::LinkLost { .. });
+    assert!(!cluster.said(A, lost) && !cluster.said(B, lost));
+    assert_eq!(cluster.volume().epoch, epoch, "nobody left");
+
+    // The new connection breaks at once: then the link is lost like any other.
+    cluster.move_link(A);
+    cluster.cut();
+    cluster.until("the link is lost", |c| c.said(A, lost) && c.said(B, lost));
+    cluster.cut = false;
+    cluster.until("the peer is in sync again", |c| {
+        c.volume().epoch > epoch && c.in_sync() == [A, B]
+    });
+    stop.store(true, Ordering::Relaxed);
+    cluster.until("the client is done", |_| writer.is_finished());
+    writer.join().unwrap();
+    assert!(cluster.data(A) == cluster.data(B), "the replicas are equal");
 }

@@ -53,7 +53,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
     let range = range(random);
     let body = body(random, range.len);
     let id = number(random);
-    match random.below(34) {
+    match random.below(35) {
         0 => Message::Hello(PeerInfo {
             node: peer,
             instance: Instance(1),
@@ -171,6 +171,7 @@ fn message(random: &mut Random, peer: NodeId, known: Epoch) -> Message {
             id,
             blocks: runs(random),
         },
+        33 => Message::Moved,
         _ if random.one_in(2) => Message::Pong,
         _ => Message::Ping,
     }

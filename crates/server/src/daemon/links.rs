@@ -33,7 +33,7 @@ const BACKOFF_MOST: Duration = Duration::from_millis(500);
 const LASTING: Duration = Duration::from_secs(5);
 
 /// A link that had to be made on another path looks this often whether a path that is marked for
-/// replication is back. Long against the short resync that changing paths costs.
+/// replication is back.
 const PREFER_EVERY: Duration = Duration::from_secs(2);
 
 /// Dials peers. One task for each volume and peer at a time.
@@ -143,7 +143,8 @@ impl Inner {
 }
 
 /// Brings a link back to a path that is marked for replication, when it had to be made on another
-/// one. Ends when the link changed otherwise.
+/// one. The link goes on on the new connection: nobody leaves the in-sync set for it. Ends when the link
+/// changed otherwise.
 async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
     loop {
         let preferred: Vec<SocketAddr> = {
@@ -170,7 +171,7 @@ async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
         };
         let dialed = inner
             .dialer
-            .dial(peer, &preferred, volume, encryption, CONNECT_TIMEOUT)
+            .dial_on(peer, &preferred, volume, encryption, CONNECT_TIMEOUT)
             .await;
         if let Ok(link) = dialed {
             inner.hand_over(link, Duration::ZERO);

@@ -27,6 +27,7 @@ mod kind {
     pub(super) const REFUSE: u8 = 17;
     pub(super) const PING: u8 = 18;
     pub(super) const PONG: u8 = 19;
+    pub(super) const MOVED: u8 = 60;
     pub(super) const BEHIND: u8 = 30;
     pub(super) const FOLLOWING: u8 = 31;
     pub(super) const RECEIPTS: u8 = 32;
@@ -47,7 +48,7 @@ const BODY_DATA: u8 = 0;
 const BODY_ZEROES: u8 = 1;
 
 const REFUSE_STALE_EPOCH: u8 = 0;
-const REFUSE_OTHER_LINEAGE: u8 = 1;
+// 1 was a refusal of other lineages, which are judged now: never used again.
 const REFUSE_DISK: u8 = 2;
 const REFUSE_PROTOCOL: u8 = 3;
 const REFUSE_STAND_ALONE: u8 = 4;
@@ -222,6 +223,7 @@ pub(super) fn write_fields(
         Message::BarrierAck { epoch, id } => put_pair(out, kind::BARRIER_ACK, *epoch, *id),
         Message::Ping => kind::PING,
         Message::Pong => kind::PONG,
+        Message::Moved => kind::MOVED,
     };
     Ok((kind, None))
 }
@@ -310,11 +312,6 @@ fn put_refusal(out: &mut BytesMut, refusal: &Refusal) {
             out.put_u8(REFUSE_STALE_EPOCH);
             out.put_u64_le(given.0);
             out.put_u64_le(seen.0);
-        }
-        Refusal::OtherLineage { ours, theirs } => {
-            out.put_u8(REFUSE_OTHER_LINEAGE);
-            out.put_u64_le(ours.0);
-            out.put_u64_le(theirs.0);
         }
         Refusal::Disk { reason } => {
             out.put_u8(REFUSE_DISK);
@@ -517,6 +514,7 @@ fn read_answer(fields: &mut Fields<'_>, data: Bytes) -> Result<Message, FrameErr
         },
         kind::PING => Message::Ping,
         kind::PONG => Message::Pong,
+        kind::MOVED => Message::Moved,
         found => return Err(FrameError::UnknownType { found }),
     })
 }
@@ -631,10 +629,6 @@ impl Fields<'_> {
             REFUSE_STALE_EPOCH => Refusal::StaleEpoch {
                 given: self.epoch()?,
                 seen: self.epoch()?,
-            },
-            REFUSE_OTHER_LINEAGE => Refusal::OtherLineage {
-                ours: LineageId(self.u64()?),
-                theirs: LineageId(self.u64()?),
             },
             REFUSE_DISK => Refusal::Disk {
                 reason: self.reason()?,

@@ -16,6 +16,9 @@ const MAGIC: [u8; 8] = *b"RELEVODL";
 /// In the flags: the sender wants what follows the greetings without encryption.
 const FLAG_PLAIN: u8 = 1;
 
+/// In the flags: the dialing side moves the link that there is to this connection.
+const FLAG_CONTINUES: u8 = 2;
+
 /// A version of the data-link protocol.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct ProtocolVersion(pub u8);
@@ -33,6 +36,8 @@ pub struct LinkHello {
     pub volume: VolumeId,
     /// What the sender wants to follow the greetings: what its volume's configuration says.
     pub encryption: Encryption,
+    /// The dialing side moves the link that there is to this connection.
+    pub continues: bool,
 }
 
 /// Why a link can't be used.
@@ -96,6 +101,7 @@ impl LinkHello {
             cluster,
             volume,
             encryption,
+            continues: false,
         }
     }
 
@@ -106,10 +112,11 @@ impl LinkHello {
         bytes[0..8].copy_from_slice(&MAGIC);
         bytes[8] = self.protocol_min.0;
         bytes[9] = self.protocol_max.0;
-        bytes[10] = match self.encryption {
+        let plain = match self.encryption {
             Encryption::On => 0,
             Encryption::Off => FLAG_PLAIN,
         };
+        bytes[10] = plain | if self.continues { FLAG_CONTINUES } else { 0 };
         // 11 is reserved, zero.
         bytes[12..28].copy_from_slice(&self.cluster.0);
         bytes[28..32].copy_from_slice(&self.volume.0.to_le_bytes());
@@ -144,6 +151,7 @@ impl LinkHello {
             } else {
                 Encryption::Off
             },
+            continues: bytes[10] & FLAG_CONTINUES != 0,
         })
     }
 

@@ -259,10 +259,6 @@ fn refusal() -> impl Strategy<Value = Refusal> {
             given: Epoch(given),
             seen: Epoch(seen)
         }),
-        any::<(u64, u64)>().prop_map(|(ours, theirs)| Refusal::OtherLineage {
-            ours: LineageId(ours),
-            theirs: LineageId(theirs)
-        }),
         "\\PC{0,80}".prop_map(|reason| Refusal::Disk { reason }),
         "\\PC{0,80}".prop_map(|reason| Refusal::StandAlone { reason }),
         "\\PC{0,80}".prop_map(|reason| Refusal::Protocol { reason }),
@@ -415,6 +411,7 @@ fn message() -> impl Strategy<Value = Message> {
         refusal().prop_map(Message::Refuse),
         Just(Message::Ping),
         Just(Message::Pong),
+        Just(Message::Moved),
     ]
 }
 

@@ -6,7 +6,7 @@ use relevo_wire::{BlockDigest, Body, Message, PeerInfo, Refusal};
 use said::fuzz::Random;
 
 /// Kinds of messages that [`message`] makes.
-pub(crate) const KINDS: usize = 33;
+pub(crate) const KINDS: usize = 34;
 
 fn blocks(random: &mut Random) -> Vec<BlockRange> {
     (0..random.below(40))
@@ -34,18 +34,14 @@ fn body(random: &mut Random) -> (ByteRange, Body) {
 
 fn refusal(random: &mut Random) -> Refusal {
     let reason = "a reason with \u{e4} and \u{20ac}".repeat(random.below(9));
-    match random.below(6) {
+    match random.below(5) {
         0 => Refusal::StaleEpoch {
             given: Epoch(random.tricky()),
             seen: Epoch(random.tricky()),
         },
-        1 => Refusal::OtherLineage {
-            ours: LineageId(random.tricky()),
-            theirs: LineageId(random.tricky()),
-        },
-        2 => Refusal::Disk { reason },
-        3 => Refusal::StandAlone { reason },
-        4 => Refusal::SplitBrain {
+        1 => Refusal::Disk { reason },
+        2 => Refusal::StandAlone { reason },
+        3 => Refusal::SplitBrain {
             ours: random.tricky(),
             theirs: random.tricky(),
             why: reason,
@@ -182,6 +178,7 @@ pub(crate) fn of_kind(kind: usize, random: &mut Random) -> Message {
             id,
             blocks: blocks(random),
         },
+        32 => Message::Moved,
         _ => Message::Pong,
     }
 }

@@ -306,7 +306,7 @@ fn fields(message: &Message) -> Vec<(&'static str, Vec<u8>)> {
             all.push(("confirmed", vec![u8::from(*confirmed)]));
             all
         }
-        Message::Ping | Message::Pong => Vec::new(),
+        Message::Ping | Message::Pong | Message::Moved => Vec::new(),
         #[allow(
             unreachable_patterns,
             reason = "a new message fails the test, with words"
@@ -331,7 +331,6 @@ fn refused(refusal: &Refusal) -> Vec<(&'static str, Vec<u8>)> {
     };
     match refusal {
         Refusal::StaleEpoch { given, seen } => pair(0, ("given", given.0), ("seen", seen.0)),
-        Refusal::OtherLineage { ours, theirs } => pair(1, ("ours", ours.0), ("theirs", theirs.0)),
         Refusal::Disk { reason } => text(2, reason),
         Refusal::Protocol { reason } => text(3, reason),
         Refusal::StandAlone { reason } => text(4, reason),

@@ -101,3 +101,29 @@ fn encryption_of_links_is_switched_under_load() {
         }
     });
 }
+
+/// The replication path alone is cut: the link is lost and made on the other path. When the path is back the
+/// link goes on there, and nobody leaves the in-sync set for that.
+#[test]
+fn a_link_goes_back_to_its_path_and_nobody_notices() {
+    let test = "a_link_goes_back_to_its_path_and_nobody_notices";
+    Stage::play(&pair(test), |stage, _| {
+        let victim = stage.secondary();
+        let epoch = |stage: &Stage| stage.volume()["epoch"].as_u64().unwrap();
+        let before = epoch(stage);
+        stage.cables.set_one(&victim, "repl", false);
+        chaos::eventually(DEAD * 4, "the link is lost and made anew", || {
+            epoch(stage) > before + 1
+        });
+        stage.expect_whole();
+        let before = epoch(stage);
+        stage.cables.set_one(&victim, "repl", true);
+        sleep(DEAD * 2);
+        // It is on that path again: without the other one nothing changes either.
+        stage.cables.set_one(&victim, "lan", false);
+        sleep(DEAD);
+        stage.expect_progress();
+        assert_eq!(epoch(stage), before, "nobody left");
+        stage.cables.set_one(&victim, "lan", true);
+    });
+}
