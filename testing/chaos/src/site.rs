@@ -6,6 +6,7 @@
 
 use std::{
     fs::File,
+    io::Write as _,
     net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -244,6 +245,31 @@ impl Daemon {
         let mut command = Command::new(&self.program);
         command.args(args).arg("--state-dir").arg(&self.state_dir);
         command.spawn().unwrap()
+    }
+
+    /// Runs a verb on a terminal of its own, on which `input` is typed. What it says to either stream is its
+    /// output.
+    ///
+    /// # Panics
+    /// `script` (util-linux, which every Debian has) can't be started.
+    #[must_use]
+    pub fn typed(&self, args: &[&str], input: &str) -> Answer {
+        let (program, state_dir) = (self.program.display(), self.state_dir.display());
+        // Paths and verbs of tests: nothing that a shell takes for its own.
+        let line = format!("{program} {} --state-dir {state_dir}", args.join(" "));
+        let mut child = Command::new("script")
+            .args(["--quiet", "--return", "--command", &line, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Open until it has ended: the end of its input would hang up the terminal.
+        let mut keyboard = child.stdin.take().unwrap();
+        keyboard.write_all(input.as_bytes()).unwrap();
+        let answer = child.wait_with_output().unwrap();
+        drop(keyboard);
+        Answer::from(answer)
     }
 
     /// Runs a verb that must work.

@@ -289,7 +289,13 @@ impl Stage {
     /// It never has.
     pub fn expect_answer(&self, name: &str, args: &[&str], words: &str) {
         let what = format!("{name} says `{words}` to {args:?}");
-        eventually(HEAL_BOUND, &what, || self.say(name, args).contains(words));
+        eventually(HEAL_BOUND, &what, || self.ask(name, args).contains(words));
+    }
+
+    /// What a node's daemon says to a question, such as `status`, whose exit code is an answer too.
+    #[must_use]
+    pub fn ask(&self, name: &str, args: &[&str]) -> String {
+        self.daemons[name].run(args).out
     }
 
     /// Says something to a node's daemon that takes a while.

@@ -4,6 +4,7 @@
 use std::{thread::sleep, time::Duration};
 
 use chaos::{Fault, Stage};
+use serde_json::{Value, json};
 
 use super::{pair_with_faulty_disks, trio_with_faulty_disks};
 
@@ -204,6 +205,123 @@ fn a_disk_hangs_for_a_while() {
                 stage.expect_whole();
                 stage.expect_progress();
             }
+        },
+    );
+}
+
+/// The primary is the last one in sync.
+fn alone(stage: &mut Stage) -> (String, String) {
+    let (primary, other) = (stage.primary(), stage.secondary());
+    stage.kill(&other);
+    stage.expect_out_of_sync(&other);
+    stage.expect_progress();
+    (primary, other)
+}
+
+fn service(stage: &Stage, at: &str) -> Value {
+    let status: Value = serde_json::from_str(&stage.ask(at, &["status", "--json"])).unwrap();
+    status["cluster"]["services"][0].clone()
+}
+
+/// Nobody else has the data, and requests shall wait for it: so does the service, which nobody stops, and
+/// the status says for what. The disk is repaired and attached, and all goes on without another word.
+#[test]
+fn requests_wait_for_the_last_disk() {
+    Stage::play(
+        &pair_with_faulty_disks("requests_wait_for_the_last_disk"),
+        |stage, _| {
+            let set = ["volume", "set", "mail", "on-no-data-accessible=suspend-io"];
+            stage.say(&stage.primary(), &set);
+            let (primary, other) = alone(stage);
+            stage.disk(&primary).set(Some(Fault::Write));
+            stage.expect_answer(&primary, &["status"], "waits for accessible data");
+            let writes = stage.writes();
+            sleep(Duration::from_secs(5));
+            assert_eq!(stage.writes(), writes, "nothing is acknowledged");
+            let before = service(stage, &primary);
+            assert_eq!(before["node"], primary, "{before:#}");
+            assert_eq!(before["state"], "running", "{before:#}");
+            assert_eq!(before["failures"], json!([]), "{before:#}");
+            stage.disk(&primary).set(None);
+            stage.say(&primary, &["attach", "mail"]);
+            stage.expect_progress();
+            assert_eq!(service(stage, &primary)["failures"], json!([]));
+            stage.start(&other);
+            stage.expect_whole();
+        },
+    );
+}
+
+/// Requests fail, and the service is given up: there is no other node for it. Once the disk is repaired and
+/// attached the service starts by itself.
+#[test]
+fn requests_to_the_last_disk_fail() {
+    Stage::play(
+        &pair_with_faulty_disks("requests_to_the_last_disk_fail"),
+        |stage, _| {
+            let (primary, other) = alone(stage);
+            stage.disk(&primary).set(Some(Fault::Write));
+            chaos::eventually(Duration::from_secs(20), "the service is given up", || {
+                service(stage, &primary)["failures"] != json!([])
+            });
+            stage.expect_answer(&primary, &["status"], "run `relevo attach mail` there");
+            stage.disk(&primary).set(None);
+            stage.say(&primary, &["attach", "mail"]);
+            stage.expect_progress();
+            assert_eq!(service(stage, &primary)["failures"], json!([]));
+            stage.start(&other);
+            stage.expect_whole();
+        },
+    );
+}
+
+/// The last replica can't read: `on-io-error` decides whether only the reader hears of it.
+#[test]
+fn read_errors_of_the_last_replica_are_passed_on_or_take_it_out_of_use() {
+    let test = "read_errors_of_the_last_replica_are_passed_on_or_take_it_out_of_use";
+    Stage::play(&pair_with_faulty_disks(test), |stage, _| {
+        let (primary, other) = alone(stage);
+        for (policy, disk) in [("pass_on", "UpToDate"), ("detach", "Failed")] {
+            let set = format!("on-io-error={policy}");
+            stage.say(&primary, &["volume", "set", "mail", &set]);
+            stage.disk(&primary).set(Some(Fault::Read));
+            chaos::eventually(Duration::from_secs(20), "reads fail", || {
+                stage.disk(&primary).hits() > 3 || disk == "Failed"
+            });
+            let state = || {
+                let volume = stage.volume();
+                let replicas = volume["replicas"].as_array().unwrap().clone();
+                let mine = replicas.iter().find(|replica| replica["node"] == *primary);
+                mine.unwrap()["disk"].clone()
+            };
+            chaos::eventually(Duration::from_secs(20), policy, || state() == disk);
+            stage.disk(&primary).set(None);
+            if disk == "Failed" {
+                stage.say(&primary, &["attach", "mail"]);
+            }
+            stage.expect_progress();
+        }
+        stage.start(&other);
+        stage.expect_whole();
+    });
+}
+
+/// A disk that does not answer while it is opened holds up nothing: the daemon starts, says so, and takes the
+/// replica when the disk is back.
+#[test]
+fn a_disk_that_hangs_at_the_start_is_told() {
+    Stage::play(
+        &pair_with_faulty_disks("a_disk_that_hangs_at_the_start_is_told"),
+        |stage, _| {
+            let victim = stage.secondary();
+            stage.kill(&victim);
+            stage.disk(&victim).set(Some(Fault::Hang));
+            stage.start(&victim);
+            stage.expect_answer(&victim, &["events"], "its disk does not answer");
+            stage.expect_answer(&victim, &["status"], "its disk does not answer");
+            stage.expect_progress();
+            stage.disk(&victim).set(None);
+            stage.expect_whole();
         },
     );
 }

@@ -11,6 +11,7 @@ mod networks;
 mod replicas;
 mod split;
 mod stops;
+mod verify;
 
 use std::time::Duration;
 

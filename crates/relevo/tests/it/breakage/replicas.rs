@@ -1,8 +1,10 @@
 //! Replicas that come and go under load.
 
+use std::{thread::sleep, time::Duration};
+
 use chaos::Stage;
 
-use super::trio;
+use super::{pair, trio};
 
 #[test]
 fn a_replica_is_removed_and_added_under_load() {
@@ -102,5 +104,28 @@ fn a_replica_is_detached_attached_and_invalidated() {
         stage.say(&victim, &["invalidate", "mail"]);
         stage.expect_progress();
         stage.expect_whole();
+    });
+}
+
+/// `wait-sync`, on any node: at once where all is well, with what is missing when its time is over, and else as
+/// long as the resync takes.
+#[test]
+fn a_person_waits_until_all_are_in_sync() {
+    Stage::play(&pair("a_person_waits_until_all_are_in_sync"), |stage, _| {
+        let (primary, victim) = (stage.primary(), stage.secondary());
+        stage.say(&primary, &["wait-sync", "mail", "--timeout", "20"]);
+        stage.kill(&victim);
+        stage.expect_out_of_sync(&victim);
+        for node in [&primary[..], "wit"] {
+            let refused = stage.expect_refusal(node, &["wait-sync", "mail", "--timeout", "1"]);
+            assert!(refused.contains(&victim), "{refused}");
+        }
+        let mut waiting = stage.begin("wit", &["wait-sync", "mail", "--timeout", "60"]);
+        sleep(Duration::from_secs(2));
+        assert!(waiting.try_wait().unwrap().is_none(), "it does not wait");
+        stage.start(&victim);
+        assert!(waiting.wait().unwrap().success());
+        let in_sync = stage.volume()["in_sync"].to_string();
+        assert!(in_sync.contains(&victim), "{in_sync}");
     });
 }

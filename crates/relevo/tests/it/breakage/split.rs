@@ -46,8 +46,8 @@ fn in_sync(daemon: &Daemon, names: &[&str]) -> bool {
 }
 
 impl Forked {
-    /// alfa wrote blocks 1 to 3 alone; beta, forced, blocks 3 and 9. They met.
-    fn new(test: &str) -> Option<Self> {
+    /// Two data nodes and a witness.
+    fn cluster(test: &str) -> Option<([Daemon; 3], Cables, Site)> {
         if !rustix::process::geteuid().is_root() {
             said::skip(test, "it needs root, for network namespaces");
             return None;
@@ -66,6 +66,13 @@ impl Forked {
             daemons.iter().all(|daemon| daemon.hears(3))
         });
         alfa.ok(&["volume", "create", "mail", "--size", "16MiB"]);
+        Some((daemons, cables, site))
+    }
+
+    /// alfa wrote blocks 1 to 3 alone; beta, forced, blocks 3 and 9. They met.
+    fn new(test: &str) -> Option<Self> {
+        let (daemons, cables, site) = Self::cluster(test)?;
+        let [alfa, beta, _] = &daemons;
         alfa.ok(&["primary", "mail"]);
         write(alfa, 0, &[1, 1]);
 
@@ -94,8 +101,20 @@ impl Forked {
         let err = beta.refused(&["primary", "mail", "--force", "--confirm", "yes"]);
         assert!(err.contains("`yes` is not the name"), "{err}");
         assert!(volume(beta)["primary"].is_null(), "nothing was done");
-        let out = beta.ok(&["primary", "mail", "--force", "--confirm", "mail"]);
-        assert!(out.contains("new history"), "{out}");
+        // On a terminal it asks, and takes nothing but the name.
+        for (typed, code, words) in [
+            ("beta\n", 1, "nothing was done: `beta` is not the name"),
+            ("\n", 1, "nothing was done: `` is not the name"),
+            ("mail\n", 0, "new history"),
+        ] {
+            assert!(volume(beta)["primary"].is_null(), "nothing was done yet");
+            let answer = beta.typed(&["primary", "mail", "--force"], typed);
+            let out = &answer.out;
+            assert_eq!(answer.code, code, "{out}");
+            assert!(out.contains("alfa is in sync and has everything"), "{out}");
+            assert!(out.contains("Type the name of the volume"), "{out}");
+            assert!(out.contains(words), "{out}");
+        }
         assert!(in_sync(beta, &["beta"]));
         write(beta, 3, &[0xb3]);
         write(beta, 9, &[0xb9]);
@@ -254,4 +273,67 @@ fn a_split_brain_is_decided_for_the_side_that_was_replaced() {
     alfa.ok(&["primary", "mail"]);
     forked.expect_saved(1, 0, &lost, &[(3, 0xb3), (9, 0xb9)]);
     assert_eq!(content(beta)[BLOCK], 0xa1);
+}
+
+/// A service whose last good replica is lost: it waits for a person, starts on the node whose replica was
+/// forced, and stays there when the other one comes back with writes of its own. What becomes of those is
+/// as it was configured.
+#[test]
+fn a_service_goes_on_with_a_forced_replica() {
+    let test = "a_service_goes_on_with_a_forced_replica";
+    for policy in ["disconnect", "discard-older-primary"] {
+        let Some((daemons, cables, _site)) = Forked::cluster(test) else {
+            return;
+        };
+        let [alfa, beta, wit] = &daemons;
+        let set = format!("after-split-brain={policy}");
+        alfa.ok(&["volume", "set", "mail", &set]);
+        let service = [
+            "service",
+            "create",
+            "mail",
+            "--volume",
+            "mail",
+            "--no-device",
+        ];
+        let on = ["--exec", "/bin/sleep 100000", "--on", "alfa"];
+        alfa.ok(&[&service[..], &on].concat());
+        let runs_on = |daemon: &Daemon, node: &str| {
+            let service = daemon.find("services", "mail");
+            service["state"] == "running" && service["node"] == node
+        };
+        eventually(BOUND, "the service runs", || runs_on(alfa, "alfa"));
+        write(alfa, 0, &[1, 1]);
+        beta.ok(&["disconnect", "mail"]);
+        eventually(BOUND, "beta left", || in_sync(alfa, &["alfa"]));
+        write(alfa, 1, &[0xa1, 0xa2]);
+        cables.set("alfa", false);
+        eventually(BOUND, "the service waits", || {
+            let wait = beta.find("services", "mail")["wait"]["why"].clone();
+            wait.as_str().is_some_and(|why| why.contains("not in sync"))
+        });
+        assert!(volume(beta)["primary"].is_null(), "nobody decided");
+
+        let out = beta.ok(&["primary", "mail", "--force", "--confirm", "mail"]);
+        assert!(out.contains("Service mail takes it over here"), "{out}");
+        eventually(BOUND, "the service runs again", || runs_on(beta, "beta"));
+        write(beta, 9, &[0xb9]);
+
+        cables.set("alfa", true);
+        beta.ok(&["connect", "mail"]);
+        if policy == "disconnect" {
+            eventually(BOUND, "both stand alone", || {
+                !volume(beta)["splits"].as_array().unwrap().is_empty()
+            });
+            assert_eq!(content(alfa)[BLOCK], 0xa1, "nothing is overwritten");
+        } else {
+            eventually(BOUND, "alfa gave way", || in_sync(beta, &["alfa", "beta"]));
+            let files = alfa.ok(&["volume", "saved", "mail", "--json"]);
+            let files: serde_json::Value = serde_json::from_str(&files).unwrap();
+            assert_eq!(files[0]["complete"], true, "{files}");
+            assert_eq!(content(alfa)[BLOCK], 1, "what beta has");
+        }
+        assert!(runs_on(wit, "beta"), "it stays where it is");
+        write(beta, 10, &[0xba]);
+    }
 }
