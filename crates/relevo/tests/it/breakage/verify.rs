@@ -1,6 +1,6 @@
 //! Disks that alter data by themselves, and comparing replicas while the volume is in use.
 
-use std::{fs::File, os::unix::fs::FileExt, time::Duration};
+use std::{fs::File, os::unix::fs::FileExt as _, time::Duration};
 
 use chaos::Stage;
 use serde_json::{Value, json};
