@@ -44,7 +44,12 @@ struct Row {
 }
 
 /// Measures and prints; `json`: one object instead of the table.
-pub(super) fn run(directory: &Path, size: u64, tls: super::OnOff, json: bool) -> anyhow::Result<ExitCode> {
+pub(super) fn run(
+    directory: &Path,
+    size: u64,
+    tls: super::OnOff,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
     let surroundings = lab::enter(None)?;
     interrupt::install()?;
     let progress = Progress::new(json);
