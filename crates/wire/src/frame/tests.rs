@@ -212,6 +212,12 @@ fn greetings_are_checked() {
         let refused = one.agree(&other).unwrap_err().to_string();
         assert!(refused.contains("option `encryption`"), "{refused}");
     }
+    for flags in [ours, plain] {
+        for continues in [false, true] {
+            let hello = LinkHello { continues, ..flags };
+            assert_eq!(LinkHello::decode(&hello.encode()), Ok(hello));
+        }
+    }
     let newer = LinkHello {
         protocol_min: ProtocolVersion(PROTOCOL_MAX.0 + 1),
         protocol_max: ProtocolVersion(PROTOCOL_MAX.0 + 3),
