@@ -62,8 +62,6 @@ pub enum PlantedBug {
     DifferingCountsAsSame,
     /// Marks for a replica of protocol A are forgotten before it acknowledged what they stand for (rule 5).
     GenerationDroppedEarly,
-    /// What verification found is marked while the replica is still a member (rule 4).
-    RepairWithoutLeave,
     /// What verification found is told before the log has it.
     ToldBeforeCommitted,
     /// Only who found it knows what is to be repaired.

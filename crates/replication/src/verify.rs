@@ -320,10 +320,6 @@ impl Machine {
         if self.lab.has(PlantedBug::ToldBeforeCommitted) {
             cx.emit(Effect::Event(event.clone()));
         }
-        if repair && self.lab.has(PlantedBug::RepairWithoutLeave) {
-            // Marks for a member: its next join would be none.
-            self.mark_repair(peer);
-        }
         let event = Some(event);
         let untold = Untold { differs, event };
         self.verification.untold.insert(peer, untold);

@@ -10,5 +10,6 @@ pub mod checks;
 pub mod explore;
 pub mod node;
 pub mod pack;
+pub mod receive;
 pub mod state;
 pub mod steps;

@@ -52,7 +52,6 @@ impl Planted {
             "differing-counts-as-same",
         ),
         (PlantedBug::VerifyOutsideGate, "verify-outside-gate"),
-        (PlantedBug::RepairWithoutLeave, "repair-without-leave"),
         (PlantedBug::ToldBeforeCommitted, "told-before-committed"),
         (PlantedBug::RepairForgotten, "repair-forgotten"),
         (PlantedBug::HealFromAnybody, "heal-from-anybody"),
