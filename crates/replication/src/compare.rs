@@ -120,6 +120,11 @@ impl Comparing {
         self.differing.pop_front()
     }
 
+    /// Whether there is one.
+    pub(crate) fn has_differing(&self) -> bool {
+        !self.differing.is_empty()
+    }
+
     /// All of these.
     pub(crate) fn drop_differing(&mut self) -> VecDeque<BlockRange> {
         std::mem::take(&mut self.differing)

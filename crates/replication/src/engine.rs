@@ -330,6 +330,7 @@ impl Engine {
             behind: BTreeMap::new(),
             sync_speeds: BTreeMap::new(),
             sync_same: BTreeMap::new(),
+            sync_limit: None,
             splits: BTreeMap::new(),
         }
     }

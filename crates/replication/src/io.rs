@@ -446,6 +446,8 @@ pub struct EngineStatus {
     /// On a primary: bytes that resyncs of these peers did not send, since they were the same there, from
     /// the begin of the session on.
     pub sync_same: BTreeMap<NodeId, u64>,
+    /// On a primary: bytes a second that resyncs and verifications are held to; `None`: to nothing.
+    pub sync_limit: Option<u64>,
     /// Peers whose history forked from this node's, both with changes.
     pub splits: BTreeMap<NodeId, SplitBrain>,
 }

@@ -6,7 +6,7 @@
 //! bytes. `docs/protocol.md` explains the protocol.
 //!
 //! Where to start: [`io`] for what goes in and out; `machine` for the state and the dispatch;
-//! `primary`, `sync` (with `compare`) and `promotion` for a reign, `secondary` for the other side of it; `jobs`,
+//! `primary`, `sync` (with `compare`) and `promotion` for a reign, `secondary` for the other side of it; `rate` for how fast copies go; `jobs`,
 //! `gate` and `activity` for local I/O; `metadata` for what is on disk, and when; `invariants`
 //! for the rules; `heal` for what another replica reads.
 
@@ -37,6 +37,7 @@ mod pause;
 mod primary;
 mod promotion;
 mod proposals;
+mod rate;
 mod requests;
 mod secondary;
 mod status;

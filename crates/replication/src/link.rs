@@ -64,6 +64,11 @@ pub(crate) struct Walk {
 }
 
 impl Walk {
+    /// Over those behind a peer; `None`: over all.
+    pub(crate) fn after(at: Option<NodeId>) -> Self {
+        Self { at }
+    }
+
     pub(crate) fn next(&mut self, links: &BTreeMap<NodeId, Link>) -> Option<NodeId> {
         let after = self.at.map_or(Bound::Unbounded, Bound::Excluded);
         let (peer, _) = links.range((after, Bound::Unbounded)).next()?;

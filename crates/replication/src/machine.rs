@@ -28,6 +28,7 @@ use crate::{
     primary::Primary,
     promotion::Promotion,
     proposals::Proposals,
+    rate::Rate,
     requests::Requests,
     secondary::{After, Barrier},
     tail::Tail,
@@ -90,6 +91,7 @@ pub(crate) struct Machine {
     pub(crate) heals: Heals,
     /// When to look whether a generation of marks for replicas of protocol A is over.
     pub(crate) generations_due: Option<Time>,
+    pub(crate) rate: Rate,
 }
 
 /// What this node is for the volume.
@@ -165,6 +167,7 @@ impl Machine {
             verification: Verification::default(),
             heals: Heals::default(),
             generations_due: None,
+            rate: Rate::default(),
         }
     }
 

@@ -356,7 +356,7 @@ impl Machine {
             return;
         };
         let (job, request, blocks) = (write.job, write.request, write.blocks);
-        let data_bytes = write.data_bytes;
+        let (data_bytes, since) = (write.data_bytes, write.since);
         let all_have_it = write.local_done && write.unacked == 0;
         let received = if write.fua {
             0
@@ -387,6 +387,7 @@ impl Machine {
             primary.write_bytes -= data_bytes;
         }
         if now_complete {
+            self.rate.app_wrote(cx.now.since(since));
             self.open_gate(cx, job);
         }
         if over {
@@ -546,6 +547,7 @@ impl Machine {
         // First of all: from here on nothing gets acknowledged.
         let role = std::mem::replace(&mut self.role, Role::Secondary);
         self.forget_verification(cx);
+        self.rate.rest();
         for link in self.links.values_mut() {
             link.session = None;
         }

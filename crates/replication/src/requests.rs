@@ -115,6 +115,7 @@ impl Machine {
                 result: Err(error),
             }),
             Ok(request) => {
+                self.rate.app_asks(cx.now);
                 self.requests.table.insert(id, request);
                 self.requests.queue.push_back(id);
                 // Here, not only when settling: a request that must wait for nothing starts in

@@ -26,6 +26,7 @@ impl Machine {
             behind: self.behind(),
             sync_speeds: self.sync_speeds(),
             sync_same: self.sync_same(),
+            sync_limit: self.rate.limit(),
             splits: self.lineages.splits.clone(),
         }
     }
@@ -260,6 +261,7 @@ impl Machine {
             .min(self.generations_deadline())
             .min(self.verify_deadline())
             .min(self.speed_deadline())
+            .min(self.rate.deadline())
             .min(self.proposals.deadline())
             .min(self.disk_deadline())
             .min(promotion)

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use relevo_types::{
-    BLOCK_SIZE, BlockRange, Epoch, NodeId, ReplicaSlot, Seq, Time, cluster::options::Csums,
+    BLOCK_SIZE, BlockRange, Epoch, NodeId, ReplicaSlot, Seq, Time,
+    cluster::options::{Csums, SyncRate},
 };
 use relevo_wire::{Body, Message};
 
@@ -170,6 +171,26 @@ impl Session {
         self.look_at_speed(now);
     }
 
+    /// Whether there is room for one more piece.
+    fn has_room(&self) -> bool {
+        let pieces = self.reads.len() + self.sent.len() + self.comparing.asked();
+        self.stage == Stage::Copying && pieces < CHUNKS_MAX
+    }
+
+    /// The same by the bytes of what is under way.
+    fn has_window(&self, window: u64) -> bool {
+        let under_way = self.busy.count() * BLOCK_SIZE;
+        under_way < window || under_way == 0
+    }
+
+    /// Whether something is to be read that could be read now.
+    fn has_more(&self, dirty: &Blocks, window: u64) -> bool {
+        // What is busy and was written meanwhile is not dirty any more: then its end is soon, and leads
+        // here again.
+        let new = dirty.count() > self.busy.count() && self.has_window(window);
+        self.has_room() && (new || self.comparing.has_differing())
+    }
+
     /// What to read next, and why, if more may be under way.
     fn next_piece(
         &mut self,
@@ -177,15 +198,13 @@ impl Session {
         window: u64,
         csums: Csums,
     ) -> Option<(BlockRange, Means)> {
-        let pieces = self.reads.len() + self.sent.len() + self.comparing.asked();
-        if self.stage != Stage::Copying || pieces >= CHUNKS_MAX {
+        if !self.has_room() {
             return None;
         }
         if let Some(run) = self.comparing.take_differing() {
             return Some((run, Means::Copy));
         }
-        let under_way = self.busy.count() * BLOCK_SIZE;
-        if under_way >= window && under_way > 0 {
+        if !self.has_window(window) {
             return None;
         }
         let means = self.next_means(csums)?;
@@ -229,22 +248,42 @@ impl Machine {
     /// Begins sessions, copies, ends resyncs.
     pub(crate) fn settle_sync(&mut self, cx: &mut Cx<'_>) {
         self.settle_yield();
-        let mut walk = Walk::default();
+        self.settle_rate(cx);
+        // Who comes after the one that was copied to last is first, so that none waits for ever.
+        let turn = self.rate.turn();
+        let mut walk = Walk::after(turn);
         while let Some(peer) = walk.next(&self.links) {
-            self.settle_lineage(cx, peer);
-            if self.may_start_sync(peer) {
-                self.begin_session(cx, peer);
-            }
-            self.settle_receipts(cx, peer);
-            self.copy(cx, peer);
-            self.end_copy(cx, peer);
-            if let Some(session) = self.session_mut(peer)
-                && cx.now >= session.speed_due
-            {
-                session.look_at_speed(cx.now);
-            }
+            self.settle_sync_with(cx, peer);
+        }
+        let mut walk = Walk::default();
+        while let Some(peer) = walk.next(&self.links)
+            && turn.is_some_and(|turn| peer <= turn)
+        {
+            self.settle_sync_with(cx, peer);
         }
         self.settle_verify(cx);
+    }
+
+    fn settle_sync_with(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
+        self.settle_lineage(cx, peer);
+        if self.may_start_sync(peer) {
+            self.begin_session(cx, peer);
+        }
+        self.settle_receipts(cx, peer);
+        self.copy(cx, peer);
+        self.end_copy(cx, peer);
+        if let Some(session) = self.session_mut(peer)
+            && cx.now >= session.speed_due
+        {
+            session.look_at_speed(cx.now);
+        }
+    }
+
+    /// How fast may be copied and compared now.
+    fn settle_rate(&mut self, cx: &Cx<'_>) {
+        let chosen = self.volume.as_ref();
+        let chosen = chosen.map_or_else(SyncRate::default, |volume| volume.options.sync_rate);
+        self.rate.settle(cx.now, chosen, !self.requests.is_empty());
     }
 
     /// A replica outside the in-sync set, of which no join may yet be committed, greeted and not
@@ -326,9 +365,16 @@ impl Machine {
                 }
                 return;
             }
+            if !self.rate.may(cx.now) {
+                if session.has_more(dirty, window) {
+                    self.rate.wait();
+                }
+                return;
+            }
             let Some((blocks, means)) = session.next_piece(dirty, window, csums) else {
                 return;
             };
+            self.rate.take(cx.now, peer, blocks.bytes().len);
             session.reads.insert(blocks, means);
             self.read_blocks(cx, blocks, Owner::SyncRead(peer));
         }
@@ -341,7 +387,7 @@ impl Machine {
         blocks: BlockRange,
         data: &Bytes,
     ) {
-        let window = self.config.resync_window;
+        let (window, held) = (self.config.resync_window, self.rate.limit().is_some());
         let Some(epoch) = self.primary().map(|primary| primary.epoch) else {
             return;
         };
@@ -353,7 +399,8 @@ impl Machine {
         };
         let pieces = pieces(blocks, data);
         let empty = matches!(pieces[..], [(_, Body::Zeroes)]);
-        session.reach = if empty {
+        // Not where it is held: it would take a lot at once.
+        session.reach = if empty && !held {
             let most = ZERO_CHUNK_BLOCKS.min(window / BLOCK_SIZE / 4);
             (blocks.count * 2).clamp(CHUNK_BLOCKS, most.max(CHUNK_BLOCKS))
         } else {

@@ -185,6 +185,11 @@ impl Machine {
             if verify.reads.len() + verify.asked.len() >= CHUNKS_MAX {
                 return;
             }
+            let more = !verify.again.is_empty() || verify.cursor < end;
+            if more && !self.rate.may(cx.now) {
+                self.rate.wait();
+                return;
+            }
             let (blocks, look) = if let Some(blocks) = verify.again.pop_front() {
                 (blocks, Look::Second)
             } else if verify.cursor < end {
@@ -196,6 +201,7 @@ impl Machine {
                 break;
             };
             verify.reads.insert(blocks, look);
+            self.rate.take(cx.now, peer, blocks.bytes().len);
             self.read_blocks(cx, blocks, Owner::VerifyRead(peer));
         }
         let done = |verify: &mut Verify| verify.is_done();

@@ -89,6 +89,8 @@ pub const ALL: &[&str] = &[
     "second fault: a disk failed",
     "second fault: a process was stopped",
     "second fault: the control log was out of reach",
+    "resync: held for the application's sake",
+    "resync: held no longer",
     "protocol A: pulled ahead of a replica",
     "protocol A: one that was left behind has caught up",
     "protocol A: congestion blocked the application",

@@ -9,7 +9,7 @@ use relevo_types::{
     Sensitivity,
     cluster::{
         Congestion, OnCongestion, Protocol,
-        options::{Csums, DiskTimeout, OnIoError, OnLoss, OnNoData},
+        options::{Csums, DiskTimeout, OnIoError, OnLoss, OnNoData, SyncRate},
     },
 };
 
@@ -168,6 +168,18 @@ fn disk_trouble(seed: u64) -> (OnIoError, DiskTimeout) {
     (policy, DiskTimeout { seconds })
 }
 
+/// How fast resyncs go. The largest volume has 8 MiB, which must be copied before a run counts as one
+/// that does not heal. Chance of its own too.
+fn sync_rate(seed: u64) -> SyncRate {
+    let mut rng = Rng::new(seed, 12);
+    let mib = |number: u64| number << 20;
+    SyncRate {
+        fixed: rng.chance(15.0).then(|| mib(rng.pick(&[3, 20]))),
+        min: mib(rng.pick(&[2, 4, 16])),
+        max: rng.pick(&[None, None, Some(mib(4)), Some(mib(50))]),
+    }
+}
+
 /// Everything that a run is made from.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -250,6 +262,8 @@ pub struct Scenario {
     pub csums: Csums,
     /// What becomes of requests when the last disk fails.
     pub on_no_data: OnNoData,
+    /// How fast resyncs go.
+    pub sync_rate: SyncRate,
     /// Replicas of protocol A are far away: each write to them takes the line this long, in
     /// microseconds. 0: they are not.
     pub far_us: u64,
@@ -340,6 +354,7 @@ impl Scenario {
             protocols,
             congestion,
             on_no_quorum: no_quorum(seed),
+            sync_rate: sync_rate(seed),
             csums: Rng::new(seed, 11).pick(&[Csums::Auto, Csums::Yes, Csums::No]),
             disk_trouble: disk_trouble(seed),
             far_us,

@@ -219,6 +219,9 @@ impl Page {
         }
         if let Some(speed) = replica.sync_bytes_per_s {
             words.push(format!("at {}/s", format_size(speed)));
+            if let Some(limit) = replica.sync_limit_bytes_per_s {
+                words.push(format!("(held to {}/s)", format_size(limit)));
+            }
             if let Some(same) = replica.sync_same_bytes {
                 words.push(format!("{} were the same", format_size(same)));
             }

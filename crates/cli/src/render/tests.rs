@@ -33,7 +33,7 @@ const DEGRADED: &str = r#"{
          {"node": "alfa", "role": "Primary", "disk": "UpToDate", "replication": null, "dirty_bytes": null,
           "sync_percent": null, "driver": "io_uring, direct", "backing": "/var/lib/relevo/pool/mail", "remark": null},
          {"node": "beta", "role": "Secondary", "disk": "Inconsistent", "replication": "SyncSource",
-          "dirty_bytes": 1572864, "sync_percent": 40, "sync_bytes_per_s": 524288, "sync_same_bytes": 1048576, "sync_left_s": 3, "driver": null, "backing": null,
+          "dirty_bytes": 1572864, "sync_percent": 40, "sync_bytes_per_s": 524288, "sync_same_bytes": 1048576, "sync_limit_bytes_per_s": 4194304, "sync_left_s": 3, "driver": null, "backing": null,
           "remark": "superblock slot 0 is damaged, slot 1 was used"}],
        "device": "/dev/relevo/mail", "nbd": "/var/lib/relevo/nbd/mail.sock",
        "wait": {"what": "3 writes", "why": "beta must leave the in-sync set first", "since_unix_ms": 1700000099700,
@@ -73,7 +73,7 @@ Nodes
 Volumes
   mail  20 GiB, primary on alfa, in sync: alfa (epoch 5)
     alfa  Primary   UpToDate (io_uring, direct) /var/lib/relevo/pool/mail
-    beta  Secondary Inconsistent SyncSource lacks 1.5 MiB 40 % done at 512 KiB/s 1 MiB were the same 3.0 s left
+    beta  Secondary Inconsistent SyncSource lacks 1.5 MiB 40 % done at 512 KiB/s (held to 4 MiB/s) 1 MiB were the same 3.0 s left
           superblock slot 0 is damaged, slot 1 was used
     device /dev/relevo/mail
     nbd    /var/lib/relevo/nbd/mail.sock

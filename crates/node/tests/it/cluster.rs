@@ -446,6 +446,7 @@ impl Cluster {
             behind: BTreeMap::new(),
             sync_speeds: BTreeMap::new(),
             sync_same: BTreeMap::new(),
+            sync_limit: None,
             splits: BTreeMap::new(),
         });
         if status.disk == DiskState::Failed {

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     os::unix::fs::{FileExt as _, MetadataExt as _},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use relevo_export::nbd::{Client, NbdAddr};
@@ -16,10 +16,10 @@ const BOUND: Duration = Duration::from_secs(40);
 
 const MIB: u64 = 1 << 20;
 
-/// The volume as its primary serves it.
-fn client(primary: &Daemon) -> Client {
-    let address = NbdAddr::Unix(primary.nbd_socket("mail"));
-    Client::connect(&address, "mail", Some(BOUND)).unwrap()
+/// A volume as its primary serves it.
+fn client(primary: &Daemon, volume: &str) -> Client {
+    let address = NbdAddr::Unix(primary.nbd_socket(volume));
+    Client::connect(&address, volume, Some(BOUND)).unwrap()
 }
 
 /// A node's one backing file.
@@ -47,16 +47,16 @@ fn assert_equal(one: &Daemon, other: &Daemon, mib: u64) {
     }
 }
 
-/// What the primary says of beta's replica.
-fn beta(alfa: &Daemon) -> Value {
-    let volume = alfa.find("volumes", "mail");
+/// What the primary says of beta's replica of a volume.
+fn beta(alfa: &Daemon, volume: &str) -> Value {
+    let volume = alfa.find("volumes", volume);
     let replicas = volume["replicas"].as_array().unwrap();
     let beta = replicas.iter().find(|replica| replica["node"] == "beta");
     beta.cloned().unwrap_or(Value::Null)
 }
 
-fn is_whole(alfa: &Daemon) -> bool {
-    alfa.find("volumes", "mail")["in_sync"] == serde_json::json!(["alfa", "beta"])
+fn is_whole(alfa: &Daemon, volume: &str) -> bool {
+    alfa.find("volumes", volume)["in_sync"] == serde_json::json!(["alfa", "beta"])
 }
 
 fn write(client: &mut Client, from: u64, len: u64) {
@@ -74,7 +74,7 @@ fn a_resync_of_a_sparse_volume_stays_sparse() {
     let [alfa, beta, _wit] = site.cluster();
     alfa.ok(&["volume", "create", "mail", "--size", "256MiB"]);
     alfa.ok(&["primary", "mail"]);
-    let mut disk = client(&alfa);
+    let mut disk = client(&alfa, "mail");
     write(&mut disk, 0, 24 * MIB);
     write(&mut disk, 248 * MIB, 8 * MIB);
     disk.trim(4 * MIB, 16 << 20).unwrap();
@@ -88,7 +88,9 @@ fn a_resync_of_a_sparse_volume_stays_sparse() {
 
     alfa.ok(&["volume", "replica", "remove", "mail", "beta"]);
     alfa.ok(&["volume", "replica", "add", "mail", "beta"]);
-    eventually(BOUND, "both replicas are in sync", || is_whole(&alfa));
+    eventually(BOUND, "both replicas are in sync", || {
+        is_whole(&alfa, "mail")
+    });
     let (source, target) = (stored(&alfa), stored(&beta));
     said::say(format_args!(
         "sparse resync: {source} bytes on the source's disk, {target} on the target's"
@@ -107,17 +109,88 @@ fn an_invalidated_replica_that_is_the_same_is_only_compared() {
     let [alfa, beta, _wit] = site.cluster();
     alfa.ok(&["volume", "create", "mail", "--size", "32MiB"]);
     alfa.ok(&["primary", "mail"]);
-    let mut disk = client(&alfa);
+    let mut disk = client(&alfa, "mail");
     write(&mut disk, 0, 32 * MIB);
     disk.flush().unwrap();
     beta.ok(&["invalidate", "mail"]);
     eventually(BOUND, "beta left the set, and is in it again", || {
-        is_whole(&alfa) && self::beta(&alfa)["sync_same_bytes"] == 32 * MIB
+        is_whole(&alfa, "mail") && self::beta(&alfa, "mail")["sync_same_bytes"] == 32 * MIB
     });
     alfa.ok(&["volume", "set", "mail", "csums=no"]);
     beta.ok(&["invalidate", "mail"]);
     eventually(BOUND, "the same without a comparison", || {
-        is_whole(&alfa) && self::beta(&alfa)["sync_same_bytes"].is_null()
+        is_whole(&alfa, "mail") && self::beta(&alfa, "mail")["sync_same_bytes"].is_null()
     });
     assert_equal(&alfa, &beta, 32);
+}
+
+/// What writes of 4 KiB took, one after the other, until `over`: the median and the 95th percentile.
+fn latencies(disk: &mut Client, mut over: impl FnMut(Duration) -> bool) -> [Duration; 2] {
+    let start = SystemTime::now();
+    let mut took = Vec::new();
+    let mut place = 7;
+    // Asking whether it is over is no write.
+    while took.len() % 50 != 0 || !over(start.elapsed().unwrap_or_default()) {
+        place = place * 1_103_515_245_u64 % 16_384;
+        let before = SystemTime::now();
+        disk.write(place * 4096, &[9; 4096], false).unwrap();
+        took.push(before.elapsed().unwrap_or_default());
+    }
+    took.sort();
+    [took[took.len() / 2], took[took.len() * 95 / 100]]
+}
+
+/// Lets beta be copied anew and gives the time from the begin of the resync to its end.
+fn resync_time(alfa: &Daemon, beta: &Daemon) -> Duration {
+    beta.ok(&["invalidate", "mail"]);
+    eventually(BOUND, "the resync began", || !is_whole(alfa, "mail"));
+    let start = SystemTime::now();
+    eventually(BOUND, "both replicas are in sync", || {
+        is_whole(alfa, "mail")
+    });
+    start.elapsed().unwrap_or_default()
+}
+
+/// Alone a resync is as fast as it can be; beside an application that writes it is held to what the
+/// application leaves.
+#[test]
+fn a_resync_leaves_the_application_its_time() {
+    let site = Site::new();
+    let [alfa, beta, _wit] = site.cluster();
+    alfa.ok(&["volume", "create", "mail", "--size", "192MiB"]);
+    alfa.ok(&["volume", "set", "mail", "csums=no"]);
+    alfa.ok(&["primary", "mail"]);
+    let mut disk = client(&alfa, "mail");
+    write(&mut disk, 0, 192 * MIB);
+    disk.flush().unwrap();
+
+    let alone = resync_time(&alfa, &beta);
+    let before = latencies(&mut disk, |time| time > Duration::from_secs(2));
+    let during = |disk: &mut Client| {
+        beta.ok(&["invalidate", "mail"]);
+        let mut began = false;
+        latencies(disk, |time| {
+            let whole = is_whole(&alfa, "mail");
+            began |= !whole;
+            time > BOUND || began && whole
+        })
+    };
+    let held = during(&mut disk);
+    // Held by nothing: the least is more than any disk can do.
+    alfa.ok(&["volume", "set", "mail", "c-min-rate=1T"]);
+    let unheld = during(&mut disk);
+    said::say(format_args!(
+        "resync of 192 MiB alone: {alone:?}; writes of 4 KiB, median and 95th percentile: {before:?} \
+         without a resync, {held:?} beside one, {unheld:?} beside one that is not held"
+    ));
+    assert!(
+        held[0] <= before[0] * 5 + Duration::from_millis(10),
+        "{held:?} after {before:?}"
+    );
+
+    // One speed, whatever happens.
+    alfa.ok(&["volume", "set", "mail", "resync-rate=48M"]);
+    let fixed = resync_time(&alfa, &beta);
+    assert!(fixed >= Duration::from_secs(3), "192 MiB took {fixed:?}");
+    assert!(fixed >= alone / 2, "{fixed:?} and {alone:?}");
 }

@@ -10,6 +10,7 @@ mod nonsense;
 mod orders;
 mod pause;
 mod protocols;
+mod rate;
 mod replicas;
 mod scenarios;
 mod split;

@@ -245,6 +245,8 @@ fn what_is_not_recorded_when_the_reign_ends_is_told_so() {
 #[test]
 fn load_is_never_taken_for_damage() {
     let mut world = used(3);
+    // It shall not wait for the application.
+    world.set_options(|options| options.sync_rate.min = 1 << 40);
     for round in 0..30u8 {
         verify(&mut world, true);
         for step in 0..400u64 {

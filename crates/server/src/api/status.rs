@@ -243,6 +243,9 @@ pub struct ReplicaStatus {
     /// were the same.
     #[serde(default)]
     pub sync_same_bytes: Option<u64>,
+    /// Bytes a second that it is held to, by `resync-rate`, `c-max-rate`, or for the sake of applications.
+    #[serde(default)]
+    pub sync_limit_bytes_per_s: Option<u64>,
     /// How long the rest takes at that speed, in seconds; `None` also when it stands still.
     #[serde(default)]
     pub sync_left_s: Option<u64>,

@@ -707,6 +707,7 @@ pub(super) fn no_status() -> EngineStatus {
         behind: BTreeMap::new(),
         sync_speeds: BTreeMap::new(),
         sync_same: BTreeMap::new(),
+        sync_limit: None,
         splits: BTreeMap::new(),
     }
 }

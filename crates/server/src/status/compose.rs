@@ -333,6 +333,7 @@ impl Sources<'_> {
             sync_percent: percent,
             sync_bytes_per_s: speed,
             sync_same_bytes: told.and_then(|peer| peer.sync_same_bytes),
+            sync_limit_bytes_per_s: told.and_then(|peer| peer.sync_limit),
             sync_left_s: dirty.zip(speed).and_then(|(blocks, speed)| {
                 // Nothing is known of one that stands still.
                 let bytes = blocks.saturating_mul(BLOCK_SIZE);

@@ -82,6 +82,9 @@ pub(crate) struct LocalPeer {
     /// Bytes that its resync compared and did not send, since they were the same there.
     #[serde(default)]
     pub(crate) sync_same_bytes: Option<u64>,
+    /// Bytes a second that its resync is held to, while one is under way.
+    #[serde(default)]
+    pub(crate) sync_limit: Option<u64>,
     /// A replica of protocol A, told by its primary: bytes that it may lack, and for how long it does.
     #[serde(default)]
     pub(crate) behind: Option<(u64, u64)>,
@@ -143,6 +146,10 @@ impl LocalSource {
                             dirty_at_first: live.progress.get(node).copied(),
                             sync_bytes_per_s: status.engine.sync_speeds.get(node).copied(),
                             sync_same_bytes: status.engine.sync_same.get(node).copied(),
+                            sync_limit: status
+                                .engine
+                                .sync_limit
+                                .filter(|_| status.engine.sync_speeds.contains_key(node)),
                             behind: status.engine.behind.get(node).map(|behind| {
                                 let since = behind.since.map(|since| status.as_of.since(since));
                                 let ms = since.map_or(0, |since| since.as_millis());

@@ -158,6 +158,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         dirty_at_first: dirty.map(|(_, all)| all),
         sync_bytes_per_s: dirty.map(|_| 4096),
         sync_same_bytes: dirty.map(|_| 8192),
+        sync_limit: dirty.map(|_| 16384),
         behind: None,
     };
     let volume = LocalVolume {
@@ -307,6 +308,7 @@ fn a_resync_shows_its_progress() {
         (Some(4096), Some(30))
     );
     assert_eq!(beta.sync_same_bytes, Some(8192));
+    assert_eq!(beta.sync_limit_bytes_per_s, Some(16384));
     let (health, problems) = judge(&status);
     assert_eq!(health, Health::Degraded);
     assert_eq!(

@@ -32,6 +32,9 @@ pub struct VolumeOptions {
     /// Whether a resync compares digests of blocks before it copies them.
     #[serde(default)]
     pub csums: Csums,
+    /// How fast resyncs and verifications go.
+    #[serde(default)]
+    pub sync_rate: SyncRate,
     /// Which side gives way when two histories of the volume meet and both have changes of their own.
     #[serde(default)]
     pub after_split_brain: AfterSplitBrain,
@@ -97,6 +100,34 @@ pub enum Csums {
     Yes,
     /// Never.
     No,
+}
+
+/// How fast resyncs and verifications of a volume go together, in bytes a second.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SyncRate {
+    /// `resync-rate`: always this fast; `None`: by what applications leave.
+    pub fixed: Option<u64>,
+    /// `c-min-rate`: at least this fast, however applications fare.
+    pub min: u64,
+    /// `c-max-rate`: at most this fast, even if nobody else wants anything.
+    pub max: Option<u64>,
+}
+
+impl SyncRate {
+    /// What a rate may be. Below the lower end one piece of 128 KiB would take longer than 2 s.
+    pub const RATES: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 40;
+}
+
+impl Default for SyncRate {
+    /// The least is what a single disk that turns can do beside an application: a terabyte takes three
+    /// days then, at the worst.
+    fn default() -> Self {
+        Self {
+            fixed: None,
+            min: 4 << 20,
+            max: None,
+        }
+    }
 }
 
 /// `after-split-brain`
@@ -346,6 +377,45 @@ const TABLE: &[Entry] = &[
         },
     },
     Entry {
+        key: "resync-rate",
+        allowed: "auto (by `c-min-rate` and `c-max-rate`), or bytes a second that resyncs and verifications of the volume go at together, 64K to 1T, as 500K, 20M or 1G",
+        show: |options, _| {
+            let fixed = options.sync_rate.fixed;
+            fixed.map_or_else(|| "auto".to_owned(), show_rate)
+        },
+        set: |options, _, value| {
+            options.sync_rate.fixed = match value {
+                "auto" => None,
+                value => Some(parse_rate(value)?),
+            };
+            Some(())
+        },
+    },
+    Entry {
+        key: "c-min-rate",
+        allowed: "bytes a second, 64K to 1T, as 500K, 20M or 1G: so fast a resync goes at least while applications write",
+        show: |options, _| show_rate(options.sync_rate.min),
+        set: |options, _, value| {
+            options.sync_rate.min = parse_rate(value)?;
+            Some(())
+        },
+    },
+    Entry {
+        key: "c-max-rate",
+        allowed: "no, or bytes a second, 64K to 1T, as 500K, 20M or 1G: so fast a resync goes at most",
+        show: |options, _| {
+            let max = options.sync_rate.max;
+            max.map_or_else(|| "no".to_owned(), show_rate)
+        },
+        set: |options, _, value| {
+            options.sync_rate.max = match value {
+                "no" => None,
+                value => Some(parse_rate(value)?),
+            };
+            Some(())
+        },
+    },
+    Entry {
         key: "after-split-brain",
         allowed: "disconnect, discard-zero-changes, discard-least-changes, discard-older-primary, discard-younger-primary, or `discard NODE`",
         show: |options, state| options.after_split_brain.words(state),
@@ -414,6 +484,30 @@ const TABLE: &[Entry] = &[
         },
     },
 ];
+
+/// The largest unit first.
+const RATE_UNITS: [(&str, u64); 5] = [
+    ("T", 1 << 40),
+    ("G", 1 << 30),
+    ("M", 1 << 20),
+    ("K", 1 << 10),
+    ("", 1),
+];
+
+fn show_rate(bytes: u64) -> String {
+    let whole = RATE_UNITS
+        .iter()
+        .find(|(_, unit)| bytes.is_multiple_of(*unit));
+    let (name, unit) = whole.copied().unwrap_or(("", 1));
+    format!("{}{name}", bytes / unit)
+}
+
+fn parse_rate(value: &str) -> Option<u64> {
+    let (name, unit) = RATE_UNITS.iter().find(|(name, _)| value.ends_with(name))?;
+    let number: u64 = value.strip_suffix(name)?.parse().ok()?;
+    let bytes = number.checked_mul(*unit)?;
+    SyncRate::RATES.contains(&bytes).then_some(bytes)
+}
 
 fn parse_sndbuf(value: &str) -> Option<u64> {
     let bytes = value.parse().ok()?;
@@ -585,6 +679,11 @@ mod tests {
         options.set(&state, "disk-timeout", "2min").unwrap();
         assert_eq!(options.disk_timeout.seconds, Some(120));
         options.set(&state, "csums", "yes").unwrap();
+        options.set(&state, "resync-rate", "1500K").unwrap();
+        options.set(&state, "c-min-rate", "100000").unwrap();
+        options.set(&state, "c-max-rate", "2G").unwrap();
+        assert_eq!(options.sync_rate.fixed, Some(1500 << 10));
+        assert_eq!(options.sync_rate.max, Some(2 << 30));
         let policy = ("after-split-brain", "discard-least-changes");
         options.set(&state, policy.0, policy.1).unwrap();
         let mut again = VolumeOptions::default();
@@ -610,6 +709,32 @@ mod tests {
                 options.set(&state, "verify-every", value).is_err(),
                 "{value}"
             );
+        }
+    }
+
+    #[test]
+    fn rates_have_units() {
+        let state = ClusterState::default();
+        let mut options = VolumeOptions::default();
+        for value in ["64K", "100000", "1M", "1500K", "3G", "1T"] {
+            options.set(&state, "c-min-rate", value).unwrap();
+            let shown = options.list(&state);
+            let shown = shown.iter().find(|(key, _)| *key == "c-min-rate");
+            assert_eq!(shown.unwrap().1, value);
+        }
+        for value in [
+            "",
+            "M",
+            "0",
+            "63K",
+            "2T",
+            "-1M",
+            "1.5M",
+            "1m",
+            "no",
+            "99999999999T",
+        ] {
+            assert!(options.set(&state, "c-min-rate", value).is_err(), "{value}");
         }
     }
 

@@ -338,6 +338,7 @@ impl Cluster {
             Message::Refuse(Refusal::StaleEpoch { .. }) => {
                 self.marks.reached("refused: a stale epoch")
             }
+            Message::SyncWrite { .. } | Message::SyncDigests { .. } => self.look_at_rate(node),
             Message::SyncDiffer { blocks, .. } => {
                 self.marks.reached(if blocks.is_empty() {
                     "resync: blocks were the same"
@@ -449,6 +450,25 @@ impl Cluster {
             }
         }
         Ok(())
+    }
+
+    /// Whether a resync is held because an application has something to do.
+    fn look_at_rate(&mut self, node: Index) {
+        let chosen = self.control.volume().options.sync_rate;
+        let status = self.engine(node).map(relevo_replication::Engine::status);
+        let (Some(status), None) = (status, chosen.fixed) else {
+            return;
+        };
+        let held = status.sync_limit.is_some() && status.sync_limit != chosen.max;
+        if let Some(process) = &mut self.machines[node].process {
+            let before = std::mem::replace(&mut process.sync_held, held);
+            if held {
+                self.marks
+                    .reached("resync: held for the application's sake");
+            } else if before {
+                self.marks.reached("resync: held no longer");
+            }
+        }
     }
 
     fn opened(&mut self, node: Index, epoch: relevo_types::Epoch) -> Verdict {

@@ -104,6 +104,8 @@ pub(super) struct Process {
     pub(super) syncing: bool,
     /// One of them stands still by an order.
     pub(super) sync_paused: bool,
+    /// Its resyncs are held for the application's sake.
+    pub(super) sync_held: bool,
     /// Watches which epochs it is under.
     pub(super) lower_epoch: LowerEpoch,
 }

@@ -264,6 +264,7 @@ impl Cluster {
                 congestion: scenario.congestion,
                 on_no_quorum: scenario.on_no_quorum,
                 csums: scenario.csums,
+                sync_rate: scenario.sync_rate,
                 on_io_error,
                 on_no_data: scenario.on_no_data,
                 disk_timeout,
@@ -641,6 +642,7 @@ impl Cluster {
             started: now,
             syncing: false,
             sync_paused: false,
+            sync_held: false,
             lower_epoch: LowerEpoch::default(),
         });
         if has_replica {

@@ -48,6 +48,14 @@ impl Cluster {
             return Ok(());
         };
         let node = self.other_than(primary, self.scenario.data_nodes);
+        // A primary that steps down, by an order that it was given before, verifies nothing and may leave
+        // the volume to the disk that rots.
+        self.order_verify(primary, node)?;
+        if !self.is_verifying(primary, node) {
+            return Ok(());
+        }
+        // One that is under way would find a part of it.
+        self.order(primary, Order::StopVerify { peer: None })?;
         let now = self.queue.now();
         let mut blocks = BTreeSet::new();
         for _ in 0..3 {
@@ -144,18 +152,21 @@ impl Cluster {
     }
 
     fn order_verify(&mut self, primary: Index, node: Index) -> Verdict {
-        let peer = node_id(node);
         let found = self.rotten.as_ref().is_some_and(|rotten| rotten.found);
-        let status = self.engine(primary).map(relevo_replication::Engine::status);
-        let state = status.and_then(|status| status.peers.get(&peer).copied());
-        if found || matches!(state, Some(PeerState::VerifyS { .. })) {
+        if found || self.is_verifying(primary, node) {
             return Ok(());
         }
         let verify = Order::Verify {
-            peer: Some(peer),
+            peer: Some(node_id(node)),
             repair: true,
         };
         self.order(primary, verify)
+    }
+
+    fn is_verifying(&self, primary: Index, node: Index) -> bool {
+        let status = self.engine(primary).map(relevo_replication::Engine::status);
+        let state = status.and_then(|status| status.peers.get(&node_id(node)).copied());
+        matches!(state, Some(PeerState::VerifyS { .. }))
     }
 
     /// An engine tells what it found of another replica.
