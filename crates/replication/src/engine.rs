@@ -331,6 +331,7 @@ impl Engine {
             sync_speeds: BTreeMap::new(),
             sync_same: BTreeMap::new(),
             sync_limit: None,
+            sync_after: None,
             splits: BTreeMap::new(),
         }
     }

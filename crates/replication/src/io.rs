@@ -448,6 +448,8 @@ pub struct EngineStatus {
     pub sync_same: BTreeMap<NodeId, u64>,
     /// On a primary: bytes a second that resyncs and verifications are held to; `None`: to nothing.
     pub sync_limit: Option<u64>,
+    /// The volume whose resyncs on this node come first: this one's stand still.
+    pub sync_after: Option<VolumeId>,
     /// Peers whose history forked from this node's, both with changes.
     pub splits: BTreeMap<NodeId, SplitBrain>,
 }

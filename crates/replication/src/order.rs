@@ -1,6 +1,6 @@
 //! What an operator tells an engine: it is obeyed or refused with a reason, and answered once.
 
-use relevo_types::NodeId;
+use relevo_types::{NodeId, VolumeId};
 
 use crate::{attach::whole, io::Effect, machine::Machine, ops::Cx};
 
@@ -29,6 +29,12 @@ pub enum Order {
     ResumeSync {
         /// The peer; `None`: all.
         peer: Option<NodeId>,
+    },
+    /// Let all resyncs of the volume to and from this node stand still while another volume's are under way
+    /// here (`resync-after`), or no longer. The node says so, not an operator.
+    HoldSync {
+        /// The volume that comes first; `None`: none.
+        after: Option<VolumeId>,
     },
     /// Take every block of this replica for wrong: it is copied anew from the primary.
     Invalidate,
@@ -78,6 +84,7 @@ impl Machine {
                     self.pause_sync(cx, peer, false);
                 }
             }
+            Order::HoldSync { after } => self.hold_sync(cx, after),
             Order::Invalidate => return self.invalidate(cx),
             Order::Verify { peer, repair } => {
                 let mut refused = None;

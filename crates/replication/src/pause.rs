@@ -1,9 +1,9 @@
-//! Pausing a resync by an operator's order, at either side, and what keeps a resync from being started
+//! Pausing a resync by an operator's order, or for another volume's, at either side, and what keeps a resync from being started
 //! over: progress that is durable on both sides.
 
 use std::{collections::BTreeSet, time::Duration};
 
-use relevo_types::{BlockRange, NodeId, Time, cluster::Protocol};
+use relevo_types::{BlockRange, NodeId, Time, VolumeId, cluster::Protocol};
 use relevo_wire::Message;
 
 use crate::{jobs::Reply, link::Part, machine::Machine, ops::Cx};
@@ -17,6 +17,8 @@ const SAVE_EVERY: Duration = Duration::from_secs(1);
 pub(crate) struct Pauses {
     /// Peers to and from which an operator of this node paused the resync.
     ours: BTreeSet<NodeId>,
+    /// The volume whose resync on this node comes first (`resync-after`): all of this one's wait.
+    after: Option<VolumeId>,
     /// When marks that were cleared by a resync shall be durable.
     save_at: Option<Time>,
 }
@@ -24,21 +26,47 @@ pub(crate) struct Pauses {
 impl Machine {
     /// An operator pauses the resync to or from a peer, or lets it go on. Lasts longer than the link.
     pub(crate) fn pause_sync(&mut self, cx: &mut Cx<'_>, peer: NodeId, paused: bool) {
-        let changed = if paused {
-            self.pauses.ours.insert(peer)
+        let before = self.pauses_here(peer);
+        if paused {
+            self.pauses.ours.insert(peer);
         } else {
-            self.pauses.ours.remove(&peer)
-        };
-        if changed && self.links.contains_key(&peer) {
+            self.pauses.ours.remove(&peer);
+        }
+        self.tell_pause_if_new(cx, peer, before);
+    }
+
+    /// This node's resyncs of the volume wait for those of another one, or no longer.
+    pub(crate) fn hold_sync(&mut self, cx: &mut Cx<'_>, after: Option<VolumeId>) {
+        let peers: Vec<NodeId> = self.links.keys().copied().collect();
+        let before: Vec<bool> = peers.iter().map(|peer| self.pauses_here(*peer)).collect();
+        self.pauses.after = after;
+        for (peer, before) in peers.into_iter().zip(before) {
+            self.tell_pause_if_new(cx, peer, before);
+        }
+    }
+
+    fn tell_pause_if_new(&mut self, cx: &mut Cx<'_>, peer: NodeId, before: bool) {
+        let paused = self.pauses_here(peer);
+        if paused != before && self.links.contains_key(&peer) {
             self.send(cx, peer, Message::PauseSync { paused });
         }
     }
 
     /// A new link was greeted on: the peer does not know yet.
     pub(crate) fn tell_pause(&mut self, cx: &mut Cx<'_>, peer: NodeId) {
-        if self.pauses.ours.contains(&peer) {
+        if self.pauses_here(peer) {
             self.send(cx, peer, Message::PauseSync { paused: true });
         }
+    }
+
+    /// Whether this side wants the resync to or from a peer to stand still.
+    fn pauses_here(&self, peer: NodeId) -> bool {
+        self.pauses.after.is_some() || self.pauses.ours.contains(&peer)
+    }
+
+    /// Whose resyncs on this node come first.
+    pub(crate) fn sync_after(&self) -> Option<VolumeId> {
+        self.pauses.after
     }
 
     /// The other side's operator paused the resync, or lets it go on.
@@ -48,10 +76,9 @@ impl Machine {
         }
     }
 
-    /// Whether the resync to or from a peer stands still by either side's order.
+    /// Whether the resync to or from a peer stands still by either side's wish.
     pub(crate) fn is_sync_paused(&self, peer: NodeId) -> bool {
-        self.pauses.ours.contains(&peer)
-            || self.links.get(&peer).is_some_and(|link| link.peer_pauses)
+        self.pauses_here(peer) || self.links.get(&peer).is_some_and(|link| link.peer_pauses)
     }
 
     /// Forgets the pauses of replicas that are gone.

@@ -27,6 +27,7 @@ impl Machine {
             sync_speeds: self.sync_speeds(),
             sync_same: self.sync_same(),
             sync_limit: self.rate.limit(),
+            sync_after: self.sync_after(),
             splits: self.lineages.splits.clone(),
         }
     }

@@ -135,6 +135,7 @@ impl Cluster {
             nbd_dir: places.nbd_dir(),
             saved_dir: places.saved_dir(),
             nbd_listen: options.nbd_listen,
+            max_resyncs: options.max_resyncs,
             store: places.replicas(),
             replicas: replicas.clone(),
             control: Arc::clone(&control),

@@ -1,6 +1,6 @@
 //! What the daemon is told when it starts.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf};
 
 /// Where a daemon keeps its state unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/relevo";
@@ -22,6 +22,8 @@ pub struct DaemonOptions {
     pub devices: bool,
     /// Serve NBD over TCP too.
     pub nbd_listen: Option<SocketAddr>,
+    /// Volumes that are resynced at a time on this node; `None`: any number.
+    pub max_resyncs: Option<NonZeroU32>,
     /// `error` to `trace`, or a filter in the words of `tracing-subscriber`.
     pub log_level: String,
     /// End when the parent process ends: for tests and the demo, so that none is left over.

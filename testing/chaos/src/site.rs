@@ -43,6 +43,8 @@ pub struct Daemon {
     /// The first of its ports; the default ones are used where it is alone.
     ports: Option<u16>,
     namespace: Option<NetNs>,
+    /// Further arguments of the daemon.
+    arguments: Vec<String>,
     child: Option<Child>,
 }
 
@@ -111,6 +113,7 @@ impl Site {
             paths,
             ports,
             namespace,
+            arguments: Vec::new(),
             child: None,
         };
         daemon.start();
@@ -156,6 +159,15 @@ impl Daemon {
         self.child = Some(child);
     }
 
+    /// The same with further arguments, from now on.
+    ///
+    /// # Panics
+    /// See [`Self::start`].
+    pub fn start_with(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(|it| (*it).to_owned()).collect();
+        self.start();
+    }
+
     fn spawn(&self) -> Child {
         std::fs::create_dir_all(&self.state_dir).unwrap();
         let log = File::options()
@@ -166,6 +178,7 @@ impl Daemon {
         let mut command = NsCommand::new(&self.program)
             .args(["daemon", "--die-with-parent", "--no-devices", "--state-dir"])
             .arg(&self.state_dir)
+            .args(&self.arguments)
             .stdout(Stdio::null())
             .stderr(log);
         if let Some(namespace) = &self.namespace {

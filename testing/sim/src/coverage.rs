@@ -20,6 +20,7 @@ pub const ALL: &[&str] = &[
     "an uncertain replica was promoted with an evicted member",
     "an operator disconnected a replica",
     "an operator paused a resync",
+    "a node let resyncs wait for another volume's",
     "a paused resync went on",
     "an operator verified while all was in use",
     "a verification came to its end",

@@ -1,6 +1,6 @@
 //! `daemon`.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{net::SocketAddr, num::NonZeroU32, path::PathBuf, process::ExitCode};
 
 use clap::{Args, ValueEnum};
 use relevo_server::DaemonOptions;
@@ -23,6 +23,9 @@ pub struct DaemonArgs {
     /// Serve NBD on this TCP address too (no authentication: for trusted networks)
     #[arg(long, value_name = "ADDRESS:PORT")]
     nbd_listen: Option<SocketAddr>,
+    /// How many volumes are resynced at a time on this node; the others wait (default: any number)
+    #[arg(long, value_name = "COUNT")]
+    max_resyncs: Option<NonZeroU32>,
     /// How much is logged to standard error
     #[arg(long, value_enum, default_value_t = LogLevel::Info)]
     log_level: LogLevel,
@@ -61,6 +64,7 @@ pub(super) fn run(context: &Context, args: DaemonArgs) -> ExitCode {
         device_dir: args.device_dir,
         devices: !args.no_devices,
         nbd_listen: args.nbd_listen,
+        max_resyncs: args.max_resyncs,
         log_level: args.log_level.word().to_owned(),
         die_with_parent: args.die_with_parent,
     };

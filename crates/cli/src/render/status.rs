@@ -200,6 +200,9 @@ impl Page {
                 .unwrap_or_else(|| "disk state unknown".to_owned()),
         ];
         words.extend(replica.replication.clone());
+        if let Some(first) = &replica.sync_after {
+            words.push(format!("(after volume {first})"));
+        }
         if let Some(protocol) = replica.protocol.as_ref().filter(|name| *name != "C") {
             words.push(format!("protocol {protocol}"));
         }

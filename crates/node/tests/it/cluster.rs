@@ -447,6 +447,7 @@ impl Cluster {
             sync_speeds: BTreeMap::new(),
             sync_same: BTreeMap::new(),
             sync_limit: None,
+            sync_after: None,
             splits: BTreeMap::new(),
         });
         if status.disk == DiskState::Failed {

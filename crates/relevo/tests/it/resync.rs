@@ -194,3 +194,86 @@ fn a_resync_leaves_the_application_its_time() {
     assert!(fixed >= Duration::from_secs(3), "192 MiB took {fixed:?}");
     assert!(fixed >= alone / 2, "{fixed:?} and {alone:?}");
 }
+
+#[test]
+fn a_volume_is_resynced_after_another_one() {
+    let site = Site::new();
+    let [alfa, beta, _wit] = site.cluster();
+    for (volume, size) in [("mail", 48), ("post", 16)] {
+        alfa.ok(&["volume", "create", volume, "--size", &format!("{size}MiB")]);
+        alfa.ok(&["volume", "set", volume, "csums=no"]);
+        alfa.ok(&["primary", volume]);
+        let mut disk = client(&alfa, volume);
+        write(&mut disk, 0, size * MIB);
+        disk.disconnect().unwrap();
+    }
+    let unknown = alfa.refused(&["volume", "set", "post", "resync-after=past"]);
+    assert!(unknown.contains("another volume"), "{unknown}");
+    alfa.ok(&["volume", "set", "post", "resync-after=mail"]);
+    let circle = alfa.refused(&["volume", "set", "mail", "resync-after=post"]);
+    assert!(circle.contains("wait for each other"), "{circle}");
+
+    // Six seconds.
+    alfa.ok(&["volume", "set", "mail", "resync-rate=8M"]);
+    beta.ok(&["invalidate", "mail"]);
+    eventually(BOUND, "mail is resynced", || {
+        self::beta(&alfa, "mail")["replication"] == "SyncSource"
+    });
+    beta.ok(&["invalidate", "post"]);
+    eventually(BOUND, "post waits, and says for what", || {
+        let post = self::beta(&alfa, "post");
+        post["replication"] == "PausedSyncS" && post["sync_after"] == "mail"
+    });
+    let status = alfa.run(&["status"]).out;
+    assert!(status.contains("(after volume mail)"), "{status}");
+    eventually(BOUND, "mail is in sync", || {
+        let post = is_whole(&alfa, "post");
+        let mail = is_whole(&alfa, "mail");
+        assert!(mail || !post, "post was first");
+        mail
+    });
+    eventually(BOUND, "post is in sync", || is_whole(&alfa, "post"));
+    // Who waits for a volume that is removed waits for none.
+    beta.ok(&["invalidate", "mail"]);
+    eventually(BOUND, "mail is in sync again", || is_whole(&alfa, "mail"));
+    alfa.ok(&["secondary", "mail"]);
+    alfa.ok(&["volume", "remove", "mail"]);
+    let options = alfa.ok(&["volume", "options", "post"]);
+    assert!(options.contains("resync-after"), "{options}");
+    assert!(!options.contains("mail"), "{options}");
+}
+
+#[test]
+fn so_many_volumes_are_resynced_at_a_time() {
+    let site = Site::new();
+    let [alfa, mut beta, _wit] = site.cluster();
+    let volumes = ["mail", "post", "web"];
+    for volume in volumes {
+        alfa.ok(&["volume", "create", volume, "--size", "12MiB"]);
+        alfa.ok(&["volume", "set", volume, "csums=no", "resync-rate=8M"]);
+        alfa.ok(&["primary", volume]);
+        let mut disk = client(&alfa, volume);
+        write(&mut disk, 0, 12 * MIB);
+        disk.disconnect().unwrap();
+    }
+    beta.kill();
+    beta.start_with(&["--max-resyncs", "1"]);
+    eventually(BOUND, "all are in sync", || {
+        volumes.iter().all(|it| is_whole(&alfa, it))
+    });
+    for volume in volumes {
+        beta.ok(&["invalidate", volume]);
+    }
+    let mut waited = false;
+    eventually(BOUND, "all are in sync again", || {
+        let states = volumes.map(|volume| self::beta(&alfa, volume));
+        let copies = |it: &&Value| it["replication"] == "SyncSource";
+        waited |= states.iter().any(|it| it["sync_after"].is_string());
+        assert!(
+            !waited || states.iter().filter(copies).count() <= 2,
+            "{states:?}"
+        );
+        volumes.iter().all(|it| is_whole(&alfa, it))
+    });
+    assert!(waited, "none waited for its turn");
+}

@@ -1,7 +1,7 @@
 //! Resyncs that an operator pauses, and that are not started over by a lost link or a restart.
 
 use relevo_replication::{Input, Order, PeerState};
-use relevo_types::NodeId;
+use relevo_types::{NodeId, VolumeId};
 
 use crate::world::{A, B, World};
 
@@ -75,6 +75,39 @@ fn the_source_pauses() {
 #[test]
 fn the_target_pauses_by_telling_the_source() {
     pauses(B);
+}
+
+/// The node lets it wait for another volume's resync; an operator can't end that, nor that an operator's
+/// pause.
+#[test]
+fn a_resync_waits_for_another_volumes() {
+    for by in [A, B] {
+        let mut world = lacking(300);
+        let first = Some(VolumeId(7));
+        world.order(by, Order::HoldSync { after: first }).unwrap();
+        assert_eq!(world.status(by).sync_after, first);
+        for _ in 0..2 {
+            relink(&mut world);
+            let dirty = 300;
+            assert_eq!(world.status(A).peers[&B], PeerState::PausedSyncS { dirty });
+            assert_eq!(world.status(B).peers[&A], PeerState::PausedSyncT);
+            world.cut(A, B);
+            world.pass_ms(100);
+        }
+        relink(&mut world);
+        world.order(by, Order::PauseSync { peer: None }).unwrap();
+        world.order(by, Order::ResumeSync { peer: None }).unwrap();
+        world.pass_ms(100);
+        assert_eq!((world.copied, in_sync(&world)), (0, false));
+
+        world.order(by, Order::PauseSync { peer: None }).unwrap();
+        world.order(by, Order::HoldSync { after: None }).unwrap();
+        world.pass_ms(100);
+        assert_eq!((world.copied, in_sync(&world)), (0, false));
+        world.order(by, Order::ResumeSync { peer: None }).unwrap();
+        world.pass_ms(100);
+        assert!(in_sync(&world));
+    }
 }
 
 /// A new replica at B, of which about half is copied; then the resync is paused.

@@ -246,6 +246,9 @@ pub struct ReplicaStatus {
     /// Bytes a second that it is held to, by `resync-rate`, `c-max-rate`, or for the sake of applications.
     #[serde(default)]
     pub sync_limit_bytes_per_s: Option<u64>,
+    /// The volume whose resync comes first, while this one waits for it (`resync-after`).
+    #[serde(default)]
+    pub sync_after: Option<String>,
     /// How long the rest takes at that speed, in seconds; `None` also when it stands still.
     #[serde(default)]
     pub sync_left_s: Option<u64>,

@@ -22,7 +22,7 @@ use relevo_datapath::{
 use relevo_disk::{NewReplica, OpenError, create_replica, remove_replica};
 use relevo_format::Start;
 use relevo_node::Input;
-use relevo_replication::{DiskState, EngineStatus, VolumeEvent};
+use relevo_replication::{DiskState, EngineStatus, Order, VolumeEvent};
 use relevo_transport::EstablishedLink;
 use relevo_types::{
     NodeId, Time, VolumeId,
@@ -433,6 +433,7 @@ impl Worker {
         };
         let status = handle.status().engine;
         self.shared.observe(self.volume, &status);
+        self.keep_resync_order(&status);
         match &event {
             Some(VolumeEvent::DiskFailed { reason }) => {
                 self.shared.set_remark(self.volume, Some(reason.clone()));
@@ -470,6 +471,24 @@ impl Worker {
             event,
             status,
         });
+    }
+
+    /// Lets the resyncs of this volume wait for those that come first. What is true now decides, so a new
+    /// engine or a lost order changes nothing for longer than a look.
+    fn keep_resync_order(&self, status: &EngineStatus) {
+        let (Some(handle), Some(volume)) = (&self.handle, &self.volume_now) else {
+            return;
+        };
+        let chosen = volume.options.resync_after;
+        let after = self.shared.resync_after(self.volume, chosen);
+        let ready = !matches!(
+            status.disk,
+            DiskState::Attaching | DiskState::Failed | DiskState::Diskless
+        );
+        if ready && after != status.sync_after {
+            let nobody = Box::new(|_| {});
+            let _gone = handle.order(Order::HoldSync { after }, nobody);
+        }
     }
 
     /// Waits until the status is newer than an event: the data thread tells of an event in the
@@ -708,6 +727,7 @@ pub(super) fn no_status() -> EngineStatus {
         sync_speeds: BTreeMap::new(),
         sync_same: BTreeMap::new(),
         sync_limit: None,
+        sync_after: None,
         splits: BTreeMap::new(),
     }
 }

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpListener},
+    num::NonZeroU32,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -54,6 +55,7 @@ pub(crate) struct VolumesContext {
     pub(crate) nbd_dir: PathBuf,
     pub(crate) saved_dir: PathBuf,
     pub(crate) nbd_listen: Option<SocketAddr>,
+    pub(crate) max_resyncs: Option<NonZeroU32>,
     pub(crate) store: Stored<LocalReplicas>,
     pub(crate) replicas: LocalReplicas,
     pub(crate) control: Arc<RaftControl>,
@@ -78,6 +80,7 @@ pub(crate) struct Shared {
     /// Where what gives way is kept.
     pub(crate) saved_dir: PathBuf,
     nbd_listen: Option<SocketAddr>,
+    max_resyncs: Option<NonZeroU32>,
     pub(crate) driver: DriverChoice,
     store: Stored<LocalReplicas>,
     replicas: Mutex<LocalReplicas>,
@@ -122,6 +125,8 @@ struct Known {
     trouble: Option<String>,
     /// An operator detached it.
     down: bool,
+    /// Its `resync-after`.
+    after: Option<VolumeId>,
 }
 
 /// A replica of this node for `status`.
@@ -162,6 +167,7 @@ impl Volumes {
             nbd_dir: context.nbd_dir,
             saved_dir: context.saved_dir,
             nbd_listen: context.nbd_listen,
+            max_resyncs: context.max_resyncs,
             driver: relevo_disk::probe(),
             store: context.store,
             replicas: Mutex::new(context.replicas),
@@ -416,6 +422,7 @@ impl Volumes {
                     live: None,
                     trouble: None,
                     down: false,
+                    after: None,
                 };
                 volumes.insert(volume, known);
                 Some(mailbox)
@@ -525,6 +532,29 @@ impl Shared {
         }
     }
 
+    /// The volume whose resyncs on this node come before those of this one: the one that was chosen
+    /// (`resync-after`), or the last of as many as may be resynced at a time.
+    pub(crate) fn resync_after(
+        &self,
+        volume: VolumeId,
+        chosen: Option<VolumeId>,
+    ) -> Option<VolumeId> {
+        if let Some(known) = lock(&self.volumes).get_mut(&volume) {
+            known.after = chosen;
+        }
+        if chosen.is_none() && self.max_resyncs.is_none() {
+            return None;
+        }
+        let resyncs: Vec<Resync> = lock(&self.volumes)
+            .iter()
+            .filter_map(|(volume, known)| {
+                let status = known.live.as_ref()?.handle.status();
+                Resync::of(*volume, known.after, &status.engine)
+            })
+            .collect();
+        first_of(&resyncs, volume, chosen, self.max_resyncs)
+    }
+
     /// Forgets a volume whose worker ended.
     pub(crate) fn forget(&self, volume: VolumeId, mailbox: &Arc<Mailbox>) {
         let mut volumes = lock(&self.volumes);
@@ -616,6 +646,56 @@ impl Shared {
     }
 }
 
+/// A resync of a volume on this node, under way or not.
+#[derive(Clone, Copy, Debug)]
+struct Resync {
+    volume: VolumeId,
+    /// It copies, or would if it had not to wait for its turn: it takes one of the places there are.
+    wants_turn: bool,
+}
+
+impl Resync {
+    fn of(volume: VolumeId, chosen: Option<VolumeId>, status: &EngineStatus) -> Option<Self> {
+        let mut states = status.peers.values();
+        let copies = states
+            .clone()
+            .any(|state| matches!(state, PeerState::SyncSource { .. } | PeerState::SyncTarget));
+        let waits = states.any(|state| {
+            matches!(
+                state,
+                PeerState::PausedSyncS { .. } | PeerState::PausedSyncT
+            )
+        });
+        // Who is paused by an operator, the other side or a choice takes no place: it may be for long.
+        let for_turn = status.sync_after.is_some() && status.sync_after != chosen;
+        (copies || waits).then_some(Self {
+            volume,
+            wants_turn: copies || for_turn,
+        })
+    }
+}
+
+/// What a volume's resyncs wait for. By turns the order is that of the ids, on every node the same: so the
+/// lowest one waits nowhere, and the others come after it.
+fn first_of(
+    resyncs: &[Resync],
+    volume: VolumeId,
+    chosen: Option<VolumeId>,
+    most: Option<NonZeroU32>,
+) -> Option<VolumeId> {
+    if let Some(first) = chosen.filter(|first| resyncs.iter().any(|it| it.volume == *first)) {
+        return Some(first);
+    }
+    let places = usize::try_from(most?.get()).unwrap_or(usize::MAX);
+    let wants = |it: &&Resync| it.wants_turn;
+    resyncs
+        .iter()
+        .filter(wants)
+        .find(|it| it.volume == volume)?;
+    let earlier = resyncs.iter().filter(wants).filter(|it| it.volume < volume);
+    earlier.map(|it| it.volume).nth(places - 1)
+}
+
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each use leaves the value whole, so a panic elsewhere spoils nothing.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -624,6 +704,51 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn resyncs_have_an_order() {
+        let id = VolumeId;
+        let resync = |number, wants_turn| Resync {
+            volume: id(number),
+            wants_turn,
+        };
+        let all = [
+            resync(1, true),
+            resync(2, false),
+            resync(3, true),
+            resync(4, true),
+        ];
+        let waits = |of, chosen, most| first_of(&all, id(of), chosen, NonZeroU32::new(most));
+        assert_eq!(waits(4, None, 0), None, "any number");
+        // A choice counts also where that one stands still.
+        assert_eq!(waits(4, Some(id(2)), 0), Some(id(2)));
+        assert_eq!(waits(4, Some(id(9)), 0), None);
+        let one = [1, 2, 3, 4].map(|of| waits(of, None, 1));
+        assert_eq!(one, [None, None, Some(id(1)), Some(id(1))]);
+        let two = [1, 3, 4].map(|of| waits(of, None, 2));
+        assert_eq!(two, [None, None, Some(id(3))]);
+        assert_eq!(waits(4, None, 3), None);
+    }
+
+    /// Two volumes of which one waits for the other by choice and comes first by its number.
+    #[test]
+    fn a_turn_and_a_choice_don_t_wait_for_each_other() {
+        let paused = |sync_after| EngineStatus {
+            peers: BTreeMap::from([(NodeId(2), PeerState::PausedSyncT)]),
+            sync_after,
+            ..volume_worker::no_status()
+        };
+        let (first, second) = (VolumeId(1), VolumeId(2));
+        let chosen = Some(second);
+        let waits = Resync::of(first, chosen, &paused(chosen)).unwrap();
+        assert!(!waits.wants_turn);
+        let turn = Resync::of(second, None, &paused(Some(first))).unwrap();
+        assert!(turn.wants_turn);
+        let most = NonZeroU32::new(1);
+        assert_eq!(first_of(&[waits, turn], second, None, most), None);
+        assert_eq!(first_of(&[waits, turn], first, chosen, most), chosen);
+        assert!(!Resync::of(first, None, &paused(None)).unwrap().wants_turn);
+    }
 
     #[test]
     fn volumes_are_told_of_a_lease_when_it_matters() {

@@ -303,6 +303,11 @@ impl Sources<'_> {
             let done = all.saturating_sub(left).saturating_mul(100);
             u8::try_from(done.checked_div(all)?).ok()
         });
+        // Either side may wait for another volume.
+        let there = local.and_then(|local| local.peers.get(&teller));
+        let after = told.and_then(|peer| peer.sync_after);
+        let after = after.or_else(|| there?.sync_after);
+        let after = after.filter(|_| dirty.is_some());
         let speed = told.and_then(|peer| peer.sync_bytes_per_s);
         let remark = match &replica.standing {
             ReplicaStanding::Creating => Some("it is being created".to_owned()),
@@ -333,6 +338,10 @@ impl Sources<'_> {
             sync_percent: percent,
             sync_bytes_per_s: speed,
             sync_same_bytes: told.and_then(|peer| peer.sync_same_bytes),
+            sync_after: after.map(|first| {
+                let volume = self.state.volumes.get(&first);
+                volume.map_or_else(|| first.to_string(), |volume| volume.name.clone())
+            }),
             sync_limit_bytes_per_s: told.and_then(|peer| peer.sync_limit),
             sync_left_s: dirty.zip(speed).and_then(|(blocks, speed)| {
                 // Nothing is known of one that stands still.

@@ -85,6 +85,9 @@ pub(crate) struct LocalPeer {
     /// Bytes a second that its resync is held to, while one is under way.
     #[serde(default)]
     pub(crate) sync_limit: Option<u64>,
+    /// The volume whose resyncs on this node come first.
+    #[serde(default)]
+    pub(crate) sync_after: Option<VolumeId>,
     /// A replica of protocol A, told by its primary: bytes that it may lack, and for how long it does.
     #[serde(default)]
     pub(crate) behind: Option<(u64, u64)>,
@@ -146,6 +149,7 @@ impl LocalSource {
                             dirty_at_first: live.progress.get(node).copied(),
                             sync_bytes_per_s: status.engine.sync_speeds.get(node).copied(),
                             sync_same_bytes: status.engine.sync_same.get(node).copied(),
+                            sync_after: status.engine.sync_after,
                             sync_limit: status
                                 .engine
                                 .sync_limit

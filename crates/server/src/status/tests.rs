@@ -159,6 +159,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         sync_bytes_per_s: dirty.map(|_| 4096),
         sync_same_bytes: dirty.map(|_| 8192),
         sync_limit: dirty.map(|_| 16384),
+        sync_after: None,
         behind: None,
     };
     let volume = LocalVolume {

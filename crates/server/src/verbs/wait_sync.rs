@@ -63,6 +63,9 @@ fn describe(replica: &ReplicaStatus) -> String {
     if let Some(dirty) = replica.dirty_bytes {
         words += &format!(" and lacks {}", format_size(dirty));
     }
+    if let Some(first) = &replica.sync_after {
+        words += &format!(", waits for the resync of volume {first} (`resync-after`)");
+    }
     match (replica.sync_left_s, replica.sync_bytes_per_s) {
         (Some(left), _) => words += &format!(", about {left} s are left"),
         (None, Some(0)) => words += ", its resync stands still",

@@ -413,9 +413,30 @@ impl ClusterState {
                 actual: volume.version,
             });
         }
+        self.check_resync_order(id, options)?;
+        let volume = self.volume_mut(id)?;
         volume.options = options.clone();
         volume.version += 1;
         Ok(Outcome::Done)
+    }
+
+    /// Volumes that waited for each other would wait for ever.
+    fn check_resync_order(&self, id: VolumeId, options: &VolumeOptions) -> Result<(), Rejection> {
+        let mut names = Vec::new();
+        let mut next = options.resync_after;
+        // Without a circle there are no more steps than volumes.
+        while let Some(before) = next {
+            let known = self.volumes.get(&before);
+            let volume = known.ok_or(Rejection::NoVolume { volume: before })?;
+            names.push(format!("`{}`", volume.name));
+            if before == id {
+                return Err(Rejection::ResyncCircle {
+                    names: names.join(" after "),
+                });
+            }
+            next = volume.options.resync_after;
+        }
+        Ok(())
     }
 
     fn remove_volume(&mut self, id: VolumeId) -> Applied {
@@ -437,6 +458,12 @@ impl ClusterState {
             return Err(Rejection::HasPrimary { primary });
         }
         self.volumes.remove(&id);
+        for volume in self.volumes.values_mut() {
+            if volume.options.resync_after == Some(id) {
+                volume.options.resync_after = None;
+                volume.version += 1;
+            }
+        }
         Ok(Outcome::Done)
     }
 

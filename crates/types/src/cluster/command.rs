@@ -395,6 +395,10 @@ pub enum Rejection {
     NotHolder { node: NodeId },
     #[error("the service is not enabled; `relevo service start` enables it")]
     ServiceDisabled,
+    #[error(
+        "volumes would wait for each other: this one after {names}; clear `resync-after` of one of them first (`none`)"
+    )]
+    ResyncCircle { names: String },
 }
 
 impl NodeKind {

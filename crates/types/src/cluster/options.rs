@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{ClusterState, Protocol};
-use crate::NodeId;
+use crate::{NodeId, VolumeId};
 
 /// The choices for one volume. They may change while it is in use.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -35,6 +35,9 @@ pub struct VolumeOptions {
     /// How fast resyncs and verifications go.
     #[serde(default)]
     pub sync_rate: SyncRate,
+    /// Its resyncs on a node wait while those of this volume are under way there.
+    #[serde(default)]
+    pub resync_after: Option<VolumeId>,
     /// Which side gives way when two histories of the volume meet and both have changes of their own.
     #[serde(default)]
     pub after_split_brain: AfterSplitBrain,
@@ -411,6 +414,21 @@ const TABLE: &[Entry] = &[
             options.sync_rate.max = match value {
                 "no" => None,
                 value => Some(parse_rate(value)?),
+            };
+            Some(())
+        },
+    },
+    Entry {
+        key: "resync-after",
+        allowed: "none, or another volume: on a node where that one is resynced this one waits",
+        show: |options, state| {
+            let volume = options.resync_after.and_then(|id| state.volumes.get(&id));
+            volume.map_or_else(|| "none".to_owned(), |volume| volume.name.clone())
+        },
+        set: |options, state, value| {
+            options.resync_after = match value {
+                "none" => None,
+                name => Some(state.volumes.values().find(|it| it.name == name)?.id),
             };
             Some(())
         },

@@ -446,3 +446,55 @@ fn options_change_by_version_and_the_epoch_stays() {
     let again = state.apply(&command).unwrap_err();
     assert!(matches!(again, Rejection::StaleVersion { .. }), "{again}");
 }
+
+/// Volumes whose resyncs wait for each other's.
+#[test]
+fn resyncs_are_in_an_order_without_circles() {
+    let mut state = with_volume();
+    let first = state.volumes[&V].clone();
+    let name = |number: u32| format!("v{number}");
+    for number in 2..=3 {
+        let replicas = first.replicas.values().map(|replica| replica.spec.clone());
+        let create = Command::CreateVolume {
+            name: name(number),
+            size: first.size,
+            lineage: LineageId(u64::from(number)),
+            replicas: replicas.collect(),
+        };
+        state.apply(&create).unwrap();
+    }
+    let set = |state: &mut ClusterState, of: u32, after: &str| {
+        let volume = state.volumes[&VolumeId(of)].clone();
+        let mut options = volume.options;
+        options
+            .set(state, "resync-after", after)
+            .map_err(|error| error.to_string())?;
+        let command = Command::SetVolumeOptions {
+            volume: VolumeId(of),
+            expect: volume.version,
+            options,
+        };
+        state.apply(&command).map_err(|error| error.to_string())
+    };
+    let unknown = set(&mut state, 2, "nowhere").unwrap_err();
+    assert!(unknown.contains("another volume"), "{unknown}");
+    set(&mut state, 2, &first.name).unwrap();
+    set(&mut state, 3, &name(2)).unwrap();
+    for (of, after) in [(1, name(3)), (2, name(3)), (1, first.name.clone())] {
+        let circle = set(&mut state, of, &after).unwrap_err();
+        assert!(circle.contains("wait for each other"), "{circle}");
+    }
+    // Who waits for a volume that is removed waits for none.
+    let before = state.volumes[&VolumeId(3)].clone();
+    state
+        .apply(&Command::RemoveVolume {
+            volume: VolumeId(2),
+        })
+        .unwrap();
+    let after = &state.volumes[&VolumeId(3)];
+    assert_eq!(after.options.resync_after, None);
+    assert_eq!(after.version, before.version + 1);
+    set(&mut state, 1, &name(3)).unwrap();
+    let shown = state.volumes[&V].options.list(&state);
+    assert!(shown.contains(&("resync-after", name(3))), "{shown:?}");
+}

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use relevo_replication::{Input, Order, OrderId};
+use relevo_types::VolumeId;
 
 use super::{Cluster, Event, node_id};
 use crate::{check::Verdict, net::Index};
@@ -29,11 +30,18 @@ impl Cluster {
             }
             return self.order(node, Order::Verify { peer: None, repair });
         } else if self.chance.trouble.chance(30.0) {
-            self.marks.reached("an operator paused a resync");
-            (
-                Order::PauseSync { peer: None },
-                Order::ResumeSync { peer: None },
-            )
+            if self.chance.trouble.chance(30.0) {
+                self.marks
+                    .reached("a node let resyncs wait for another volume's");
+                let after = Some(VolumeId(99));
+                (Order::HoldSync { after }, Order::HoldSync { after: None })
+            } else {
+                self.marks.reached("an operator paused a resync");
+                (
+                    Order::PauseSync { peer: None },
+                    Order::ResumeSync { peer: None },
+                )
+            }
         } else if self.chance.trouble.chance(50.0) {
             self.marks.reached("an operator suspended I/O");
             (Order::SuspendIo, Order::ResumeIo)
@@ -59,6 +67,7 @@ impl Cluster {
                 Order::ResumeIo,
                 Order::Connect { peer: None },
                 Order::ResumeSync { peer: None },
+                Order::HoldSync { after: None },
             ] {
                 self.queue
                     .after(Duration::ZERO, Event::Order { node, order });
