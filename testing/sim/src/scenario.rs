@@ -174,9 +174,10 @@ fn sync_rate(seed: u64) -> SyncRate {
     let mut rng = Rng::new(seed, 12);
     let mib = |number: u64| number << 20;
     SyncRate {
-        fixed: rng.chance(15.0).then(|| mib(rng.pick(&[3, 20]))),
-        min: mib(rng.pick(&[2, 4, 16])),
-        max: rng.pick(&[None, None, Some(mib(4)), Some(mib(50))]),
+        fixed: rng.chance(5.0).then(|| mib(rng.pick(&[4, 20]))),
+        // A slow resync beside a busy application is a long run.
+        min: mib(rng.pick(&[64, 64, 64, 16, 4])),
+        max: rng.pick(&[None, None, None, Some(mib(8)), Some(mib(50))]),
     }
 }
 
@@ -280,7 +281,7 @@ impl Scenario {
         let mut rng = Rng::new(seed, 0);
         let few = if rng.chance(40.0) { 2 } else { 3 };
         // What can go wrong mostly can with three; more cost more time.
-        let mut many = Rng::new(seed, 12);
+        let mut many = Rng::new(seed, 13);
         let data_nodes = if many.chance(6.0) {
             many.pick(&[4, 5, REPLICAS_MAX])
         } else {
@@ -354,7 +355,16 @@ impl Scenario {
             protocols,
             congestion,
             on_no_quorum: no_quorum(seed),
-            sync_rate: sync_rate(seed),
+            // Many replicas share what one volume may: healing would take long, and show nothing more.
+            sync_rate: if data_nodes > 3 {
+                SyncRate {
+                    fixed: None,
+                    min: u64::MAX,
+                    max: None,
+                }
+            } else {
+                sync_rate(seed)
+            },
             csums: Rng::new(seed, 11).pick(&[Csums::Auto, Csums::Yes, Csums::No]),
             disk_trouble: disk_trouble(seed),
             far_us,
