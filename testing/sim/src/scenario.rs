@@ -19,8 +19,8 @@ use crate::{
     second::{Point, SecondFault},
 };
 
-/// Replicas of a volume at most.
-pub const REPLICAS_MAX: usize = 7;
+/// Replicas of a run at most.
+pub const REPLICAS_MAX: usize = 3;
 
 /// A bug put into the engine on purpose, to prove that the checkers catch it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -135,10 +135,6 @@ fn mixture(seed: u64) -> ([Protocol; REPLICAS_MAX], Congestion, u64) {
         }
         // One at least that a failover can go to or a restart can bring back.
         protocols[0] = protocols[0].max(Protocol::B);
-        // Many that are far behind a busy application hold each other up for as long as it is busy.
-        for own in &mut protocols[3..] {
-            *own = (*own).max(Protocol::B);
-        }
     }
     let block = 4096;
     let sndbuf_bytes = rng.pick(&[2, 8, 32]) * block;
@@ -283,20 +279,12 @@ impl Scenario {
     #[must_use]
     pub fn of_seed(seed: u64) -> Self {
         let mut rng = Rng::new(seed, 0);
-        let few = if rng.chance(40.0) { 2 } else { 3 };
-        // What can go wrong mostly can with three; more cost more time.
-        let mut many = Rng::new(seed, 13);
-        let data_nodes = if many.chance(6.0) {
-            many.pick(&[4, 5, REPLICAS_MAX])
-        } else {
-            few
-        };
+        let data_nodes = if rng.chance(40.0) { 2 } else { 3 };
         // Two voters can't lose one; it is the rare case, for the waits.
         let witness = if data_nodes == 2 {
             rng.chance(90.0)
         } else {
-            // Seven voters is all there can be.
-            rng.chance(30.0) && data_nodes < REPLICAS_MAX
+            rng.chance(30.0)
         };
         // Regions of the activity log have 256 blocks; the last one may be short.
         let blocks = rng.pick(&[100, 600, 1300, 2048]);
@@ -359,16 +347,7 @@ impl Scenario {
             protocols,
             congestion,
             on_no_quorum: no_quorum(seed),
-            // Many replicas share what one volume may: healing would take long, and show nothing more.
-            sync_rate: if data_nodes > 3 {
-                SyncRate {
-                    fixed: None,
-                    min: u64::MAX,
-                    max: None,
-                }
-            } else {
-                sync_rate(seed)
-            },
+            sync_rate: sync_rate(seed),
             csums: Rng::new(seed, 11).pick(&[Csums::Auto, Csums::Yes, Csums::No]),
             disk_trouble: disk_trouble(seed),
             far_us,

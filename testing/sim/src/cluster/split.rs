@@ -335,6 +335,8 @@ impl Cluster {
         self.wait("it steps down", |it| it.control.volume().primary.is_none())?;
         self.severed.insert(scene.forced);
         if self.control.volume().in_sync.contains(&node_id(scene.old)) {
+            // A policy was faster.
+            self.enable_service(true);
             return Ok(());
         }
         scene.loser = Some((scene.forced, self.content(scene.forced)));

@@ -40,6 +40,11 @@ fn caught(bug: PlantedBug) {
             scenario.faults = vec![(Fault::CutPair, 1), (Fault::CutOneWay, 1)];
         }
         scenario.rot |= bug == PlantedBug::RepairForgotten;
+        if bug == PlantedBug::ReceiptSettles {
+            // A replica that received and had not written dies, again and again.
+            scenario.protocols = [Protocol::B; REPLICAS_MAX];
+            scenario.faults = vec![(Fault::CrashProcess, 1), (Fault::CrashSoon, 1)];
+        }
         if bug == PlantedBug::VerifyOutsideGate {
             // Orders to verify in the middle of a heavy load, and nothing else.
             scenario.faults = vec![(Fault::Orders, 1)];
