@@ -322,31 +322,30 @@ impl Pages {
             let within = usize::try_from(at % PAGE as u64).unwrap_or(0);
             let len = (PAGE - within).min(usize::try_from(end - at).unwrap_or(PAGE));
             let skip = usize::try_from(at - change.offset).unwrap_or(0);
-            match &change.data {
-                // A page of zeroes is none: a resync of untouched regions stays cheap.
-                Some(data) if len == PAGE && is_zero(&data[skip..skip + len]) => {
-                    self.0.remove(&number);
-                }
-                Some(data) if len == PAGE => {
-                    self.0.insert(number, data.slice(skip..skip + len));
-                }
-                Some(data) => {
-                    let page = self.0.get(&number).map_or(&ZEROES[..], |page| page);
-                    let mut page = page.to_vec();
-                    page[within..within + len].copy_from_slice(&data[skip..skip + len]);
-                    self.0.insert(number, page.into());
-                }
-                None if len == PAGE => {
-                    self.0.remove(&number);
-                }
-                None => {
-                    if let Some(page) = self.0.get_mut(&number) {
-                        let mut altered = page.to_vec();
-                        altered[within..within + len].fill(0);
-                        *page = altered.into();
+            let page = match &change.data {
+                Some(data) if len == PAGE => Some(data.slice(skip..skip + len)),
+                None if len == PAGE => None,
+                part => {
+                    let mut page = self
+                        .0
+                        .get(&number)
+                        .map_or(&ZEROES[..], |page| page)
+                        .to_vec();
+                    match part {
+                        Some(data) => {
+                            page[within..within + len].copy_from_slice(&data[skip..skip + len])
+                        }
+                        None => page[within..within + len].fill(0),
                     }
+                    Some(page.into())
                 }
-            }
+            };
+            // A page of zeroes is none: a resync of untouched regions stays cheap, and the same content is the
+            // same pages.
+            match page.filter(|page| !is_zero(page)) {
+                Some(page) => self.0.insert(number, page),
+                None => self.0.remove(&number),
+            };
             at += len as u64;
         }
     }
