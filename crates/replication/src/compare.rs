@@ -16,15 +16,10 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use relevo_types::{BlockRange, Epoch, NodeId, cluster::options::Csums};
-use relevo_wire::{BlockDigest, Message};
+use relevo_wire::Message;
 
 use crate::{
-    digest::{differing, digests},
-    jobs::{Owner, Reply},
-    lab::PlantedBug,
-    machine::Machine,
-    ops::Cx,
-    sync::Session,
+    digest::digests, jobs::Reply, lab::PlantedBug, machine::Machine, ops::Cx, sync::Session,
 };
 
 /// With `auto`: blocks that are compared before anything is concluded. The rest waits for these answers, one
@@ -220,26 +215,6 @@ impl Machine {
 
     // The target's side.
 
-    /// Digests of the primary's blocks arrived, in a resync.
-    pub(crate) fn sync_digests_arrived(
-        &mut self,
-        cx: &mut Cx<'_>,
-        peer: NodeId,
-        epoch: Epoch,
-        id: u64,
-        first: u64,
-        digests: Vec<BlockDigest>,
-    ) {
-        if !self.check_reign(cx, peer, epoch) {
-            return;
-        }
-        let reply = self.reply_to(peer, epoch);
-        let blocks = BlockRange::new(first, digests.len() as u64);
-        if self.hold_check(cx, reply, id, first, digests) {
-            self.read_blocks(cx, blocks, Owner::CompareRead(reply, id));
-        }
-    }
-
     /// This replica's blocks were read, or could not be: then it must be given them, which writes them
     /// anew.
     pub(crate) fn compare_read_done(
@@ -247,15 +222,10 @@ impl Machine {
         cx: &mut Cx<'_>,
         reply: Reply,
         id: u64,
-        asked: BlockRange,
         data: Option<&Bytes>,
     ) {
-        let Some((first, theirs)) = self.take_check(reply, id) else {
+        let Some((asked, blocks)) = self.compare_with(reply, id, data) else {
             return;
-        };
-        let blocks = match data {
-            Some(data) => differing(first, &theirs, &digests(data)),
-            None => vec![asked],
         };
         for run in without(asked, &blocks).unwrap_or_default() {
             self.copied_here(cx, reply, run);

@@ -116,7 +116,7 @@ impl Machine {
     /// hears so, and what it copies writes the block anew. Losing all other blocks' redundancy for it would
     /// mend nothing.
     fn incomparable(&mut self, cx: &mut Cx<'_>, reply: Reply, id: u64, error: &str) {
-        if let Some(blocks) = self.digest_unreadable(cx, reply, id) {
+        if let Some(blocks) = self.digest_read_done(cx, reply, id, None) {
             self.heals.count += 1;
             cx.emit(Effect::Event(VolumeEvent::Unreadable {
                 blocks,
@@ -180,10 +180,7 @@ impl Machine {
             }
             // The primary gives it what it can't read, which writes it anew.
             Some(Owner::CompareRead(reply, check)) => {
-                let blocks = self.jobs.table.get(&id).map(|job| job.blocks);
-                if let Some(blocks) = blocks {
-                    self.compare_read_done(cx, reply, check, blocks, None);
-                }
+                self.compare_read_done(cx, reply, check, None);
                 self.end_job(cx, id);
             }
             _ => self.disk_error(error),

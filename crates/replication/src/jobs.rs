@@ -302,12 +302,13 @@ impl Machine {
                 self.end_job(cx, id);
             }
             Owner::DigestRead(reply, check) => {
-                self.digest_read_done(cx, reply, check, &data.unwrap_or_default());
+                let data = data.unwrap_or_default();
+                self.digest_read_done(cx, reply, check, Some(&data));
                 self.end_job(cx, id);
             }
             Owner::CompareRead(reply, check) => {
                 let data = data.unwrap_or_default();
-                self.compare_read_done(cx, reply, check, blocks, Some(&data));
+                self.compare_read_done(cx, reply, check, Some(&data));
                 self.end_job(cx, id);
             }
             Owner::PeerRead(reply, number) => {

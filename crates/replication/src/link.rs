@@ -11,6 +11,7 @@ use relevo_wire::{Body, Message, PeerInfo, Refusal};
 use crate::{
     heal::PIECE_BLOCKS,
     io::Effect,
+    jobs::Owner,
     lineage::Fork,
     machine::{Machine, Role, mask},
     ops::Cx,
@@ -296,13 +297,13 @@ impl Machine {
                 id,
                 first,
                 digests,
-            } => self.digests_arrived(cx, peer, epoch, id, first, digests),
+            } => self.digests_arrived(cx, peer, epoch, id, (first, digests), Owner::DigestRead),
             Message::SyncDigests {
                 epoch,
                 id,
                 first,
                 digests,
-            } => self.sync_digests_arrived(cx, peer, epoch, id, first, digests),
+            } => self.digests_arrived(cx, peer, epoch, id, (first, digests), Owner::CompareRead),
             Message::SyncDiffer { id, blocks, .. } => self.sync_compared(cx, peer, id, &blocks),
             Message::ReadBlocks { epoch, id, blocks } => {
                 self.read_asked(cx, peer, epoch, id, blocks);

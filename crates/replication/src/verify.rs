@@ -514,78 +514,62 @@ impl Machine {
 
     // The replica's side.
 
-    /// Digests of the primary's blocks arrived: this replica's are read after all that was sent before.
+    /// Digests of the primary's blocks from the first one on arrived: this replica's are read after all that
+    /// was sent before. `owner`: for what.
     pub(crate) fn digests_arrived(
         &mut self,
         cx: &mut Cx<'_>,
         peer: NodeId,
         epoch: Epoch,
         id: u64,
-        first: u64,
-        digests: Vec<BlockDigest>,
+        theirs: (u64, Vec<BlockDigest>),
+        owner: fn(Reply, u64) -> Owner,
     ) {
         if !self.check_reign(cx, peer, epoch) {
             return;
         }
         let reply = self.reply_to(peer, epoch);
-        let blocks = BlockRange::new(first, digests.len() as u64);
-        if self.hold_check(cx, reply, id, first, digests) {
-            self.read_blocks(cx, blocks, Owner::DigestRead(reply, id));
+        let blocks = BlockRange::new(theirs.0, theirs.1.len() as u64);
+        let checks = &mut self.verification.checks;
+        checks.insert((reply.link, id), theirs);
+        if checks.len() > CHECKS_MAX {
+            self.protocol_error(cx, peer, "too many digests are under way");
+            return;
         }
+        self.read_blocks(cx, blocks, owner(reply, id));
     }
 
-    /// Keeps digests of the primary's until this replica's blocks are read. False: there are too many.
-    pub(crate) fn hold_check(
+    /// Compares this replica's blocks with digests that arrived: which blocks those are, and which of them
+    /// differ. All of them, as far as anyone can tell, without `data`: the disk can't read them. `None`: the
+    /// link that the digests came by is gone.
+    pub(crate) fn compare_with(
         &mut self,
-        cx: &mut Cx<'_>,
         reply: Reply,
         id: u64,
-        first: u64,
-        digests: Vec<BlockDigest>,
-    ) -> bool {
-        let checks = &mut self.verification.checks;
-        checks.insert((reply.link, id), (first, digests));
-        let held = checks.len() <= CHECKS_MAX;
-        if !held {
-            self.protocol_error(cx, reply.peer, "too many digests are under way");
-        }
-        held
+        data: Option<&Bytes>,
+    ) -> Option<(BlockRange, Vec<BlockRange>)> {
+        let (first, theirs) = self.verification.checks.remove(&(reply.link, id))?;
+        let asked = BlockRange::new(first, theirs.len() as u64);
+        let differ = data.map_or_else(
+            || vec![asked],
+            |data| differing(first, &theirs, &digests(data)),
+        );
+        Some((asked, differ))
     }
 
-    /// Digests that were kept, unless their link is gone.
-    pub(crate) fn take_check(&mut self, reply: Reply, id: u64) -> Option<(u64, Vec<BlockDigest>)> {
-        self.verification.checks.remove(&(reply.link, id))
-    }
-
+    /// This replica's blocks were read for a verification, or could not be. Which ones; `None`: nobody waits
+    /// for the answer.
     pub(crate) fn digest_read_done(
         &mut self,
         cx: &mut Cx<'_>,
         reply: Reply,
         id: u64,
-        data: &Bytes,
-    ) {
-        let Some((first, theirs)) = self.take_check(reply, id) else {
-            return;
-        };
-        let blocks = differing(first, &theirs, &digests(data));
-        let Reply { peer, epoch, .. } = reply;
-        self.send(cx, peer, Message::Differ { epoch, id, blocks });
-    }
-
-    /// The disk can't read what digests are about: all of it differs, as far as anyone can tell. Which
-    /// blocks those are; `None` if nobody waits for the answer.
-    pub(crate) fn digest_unreadable(
-        &mut self,
-        cx: &mut Cx<'_>,
-        reply: Reply,
-        id: u64,
+        data: Option<&Bytes>,
     ) -> Option<BlockRange> {
-        let (first, theirs) = self.verification.checks.remove(&(reply.link, id))?;
-        let all = BlockRange::new(first, theirs.len() as u64);
+        let (asked, blocks) = self.compare_with(reply, id, data)?;
         let Reply { peer, epoch, .. } = reply;
-        let blocks = vec![all];
         self.send(cx, peer, Message::Differ { epoch, id, blocks });
-        Some(all)
+        Some(asked)
     }
 
     /// Digests that came by a link that is lost are of no use.
