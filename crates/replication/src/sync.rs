@@ -617,10 +617,14 @@ fn pieces(blocks: BlockRange, data: &Bytes) -> Vec<(BlockRange, Body)> {
         let len = usize::try_from(range.len).unwrap_or(usize::MAX);
         Body::Data(data.slice(from..from + len))
     };
+    let cut = |run: Option<BlockRange>| {
+        let runs = run.into_iter().flat_map(|run| run.pieces(CHUNK_BLOCKS));
+        runs.map(|run| (run, slice(run)))
+    };
     let mut rest: Option<BlockRange> = None;
     for (run, zero) in runs {
         if zero && (single || run.count >= ZEROES_MIN) {
-            pieces.extend(cut(rest.take()).map(|run| (run, slice(run))));
+            pieces.extend(cut(rest.take()));
             pieces.push((run, Body::Zeroes));
         } else if let Some(rest) = &mut rest {
             rest.count += run.count;
@@ -628,19 +632,8 @@ fn pieces(blocks: BlockRange, data: &Bytes) -> Vec<(BlockRange, Body)> {
             rest = Some(run);
         }
     }
-    pieces.extend(cut(rest).map(|run| (run, slice(run))));
+    pieces.extend(cut(rest));
     pieces
-}
-
-/// A run in pieces of the size of a resync write.
-fn cut(run: Option<BlockRange>) -> impl Iterator<Item = BlockRange> {
-    let (mut at, end) = run.map_or((0, 0), |run| (run.first, run.end()));
-    std::iter::from_fn(move || {
-        let count = CHUNK_BLOCKS.min(end - at);
-        let piece = BlockRange::new(at, count);
-        at += count;
-        (count > 0).then_some(piece)
-    })
 }
 
 #[cfg(test)]

@@ -30,8 +30,9 @@ use crate::{
 /// Blocks of one comparison: 256 KiB. Writes to them wait while they are read on either side.
 const CHUNK_BLOCKS: u64 = 64;
 
-/// Blocks of the second look at what differs: 32 KiB.
-const PIECE_BLOCKS: usize = 8;
+/// Blocks of the second look at what differs: 32 KiB. Small: a disk that can't read one block of a read says
+/// nothing of the others.
+const PIECE_BLOCKS: u64 = 8;
 
 /// Comparisons under way to one peer at most.
 const CHUNKS_MAX: usize = 8;
@@ -84,15 +85,6 @@ struct Untold {
     differs: Option<Differs>,
     /// What is told then.
     event: Option<VolumeEvent>,
-}
-
-/// A run in small pieces: a disk that can't read one block of a read says nothing of the others.
-fn pieces(run: BlockRange) -> impl Iterator<Item = BlockRange> {
-    let starts = (run.first..run.end()).step_by(PIECE_BLOCKS);
-    starts.map(move |first| {
-        let count = (run.end() - first).min(PIECE_BLOCKS as u64);
-        BlockRange::new(first, count)
-    })
 }
 
 impl Verify {
@@ -274,7 +266,7 @@ impl Machine {
         }
         for run in blocks {
             match look {
-                Look::First => verify.again.extend(pieces(*run)),
+                Look::First => verify.again.extend(run.pieces(PIECE_BLOCKS)),
                 Look::Second => verify.differs.set(*run, |_| {}),
             }
         }

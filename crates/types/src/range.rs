@@ -104,6 +104,14 @@ impl BlockRange {
     pub fn iter(&self) -> impl Iterator<Item = u64> + use<> {
         self.first..self.end()
     }
+
+    /// The run in pieces of `most` blocks, the last one shorter; `most` is not 0.
+    pub fn pieces(&self, most: u64) -> impl Iterator<Item = Self> + use<> {
+        let end = self.end();
+        let step = usize::try_from(most).unwrap_or(usize::MAX);
+        let starts = (self.first..end).step_by(step);
+        starts.map(move |first| Self::new(first, most.min(end - first)))
+    }
 }
 
 impl fmt::Debug for BlockRange {
@@ -115,6 +123,15 @@ impl fmt::Debug for BlockRange {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_are_the_whole_run_in_order() {
+        let pieces: Vec<_> = BlockRange::new(5, 7).pieces(3).collect();
+        let run = BlockRange::new;
+        assert_eq!(pieces, [run(5, 3), run(8, 3), run(11, 1)]);
+        assert_eq!(run(5, 3).pieces(3).count(), 1);
+        assert_eq!(run(5, 0).pieces(3).count(), 0);
+    }
 
     #[test]
     fn blocks_touched_and_covered() {
