@@ -251,6 +251,29 @@ async fn accept_one(
     })
 }
 
+/// What a link is dialed for.
+#[derive(Clone, Copy, Debug)]
+pub struct WantedLink {
+    /// Whose.
+    pub volume: VolumeId,
+    /// What the volume's configuration says.
+    pub encryption: Encryption,
+    /// It shall continue the link that there is: see [`relevo_wire::Message::Moved`].
+    pub continues: bool,
+}
+
+impl WantedLink {
+    /// A link of its own.
+    #[must_use]
+    pub const fn new(volume: VolumeId, encryption: Encryption) -> Self {
+        Self {
+            volume,
+            encryption,
+            continues: false,
+        }
+    }
+}
+
 /// Establishes links to peers.
 #[derive(Debug, Clone)]
 pub struct LinkDialer {
@@ -270,8 +293,7 @@ impl LinkDialer {
         })
     }
 
-    /// Tries a peer's data addresses in order, each for at most `timeout`. `encryption`: what the volume's
-    /// configuration says.
+    /// Tries a peer's data addresses in order, each for at most `timeout`.
     ///
     /// # Errors
     /// None led to the peer, or it refused.
@@ -279,42 +301,12 @@ impl LinkDialer {
         &self,
         peer: NodeId,
         addresses: &[SocketAddr],
-        volume: VolumeId,
-        encryption: Encryption,
+        wanted: WantedLink,
         timeout: Duration,
-    ) -> Result<EstablishedLink, LinkError> {
-        self.dial_for(peer, addresses, volume, encryption, timeout, false)
-            .await
-    }
-
-    /// The same for a connection that continues the link that there is.
-    ///
-    /// # Errors
-    /// None led to the peer, or it refused.
-    pub async fn dial_on(
-        &self,
-        peer: NodeId,
-        addresses: &[SocketAddr],
-        volume: VolumeId,
-        encryption: Encryption,
-        timeout: Duration,
-    ) -> Result<EstablishedLink, LinkError> {
-        self.dial_for(peer, addresses, volume, encryption, timeout, true)
-            .await
-    }
-
-    async fn dial_for(
-        &self,
-        peer: NodeId,
-        addresses: &[SocketAddr],
-        volume: VolumeId,
-        encryption: Encryption,
-        timeout: Duration,
-        continues: bool,
     ) -> Result<EstablishedLink, LinkError> {
         let mut failures = Vec::new();
         for address in addresses {
-            let attempt = self.dial_one(peer, *address, volume, encryption, timeout, continues);
+            let attempt = self.dial_one(peer, *address, wanted, timeout);
             match tokio::time::timeout(timeout, attempt).await {
                 Ok(Ok(link)) => return Ok(link),
                 Ok(Err(why)) => failures.push(format!("{address}: {why}")),
@@ -337,11 +329,14 @@ impl LinkDialer {
         &self,
         peer: NodeId,
         address: SocketAddr,
-        volume: VolumeId,
-        encryption: Encryption,
+        wanted: WantedLink,
         timeout: Duration,
-        continues: bool,
     ) -> Result<EstablishedLink, String> {
+        let WantedLink {
+            volume,
+            encryption,
+            continues,
+        } = wanted;
         let stream = net::connect(address, timeout)
             .await
             .map_err(|error| error.to_string())?;

@@ -19,7 +19,9 @@ pub mod random;
 pub mod rpc;
 pub mod token;
 
-pub use datalink::{DataListener, EstablishedLink, LinkAdmission, LinkDialer, LinkError};
+pub use datalink::{
+    DataListener, EstablishedLink, LinkAdmission, LinkDialer, LinkError, WantedLink,
+};
 pub use heartbeat::{HeartbeatKey, HeartbeatSocket, HeartbeatSockets, HeartbeatWaker};
 pub use identity::{ClusterCa, Fingerprint, Identity, IdentityError, NodeKey};
 pub use rpc::{Method, RpcClient, RpcConfig, RpcError, RpcHandler, RpcServer};

@@ -18,7 +18,7 @@ use relevo_export::nbd::{Client, NbdAddr};
 use relevo_format::{Identity as ReplicaIdentity, Replica as NewSuperblock};
 use relevo_replication::EngineConfig;
 use relevo_transport::{
-    ClusterCa, DataListener, EstablishedLink, Identity, LinkAdmission, NodeKey,
+    ClusterCa, DataListener, EstablishedLink, Identity, LinkAdmission, NodeKey, WantedLink,
     datalink::LinkDialer,
 };
 use relevo_types::{
@@ -360,11 +360,11 @@ impl Cluster {
         let wait = Duration::from_secs(5);
         let (dialed, accepted) = self.runtime.block_on(async {
             let dial = async {
-                if continues {
-                    dialer.dial_on(B, &addresses, V, encryption, wait).await
-                } else {
-                    dialer.dial(B, &addresses, V, encryption, wait).await
-                }
+                let wanted = WantedLink {
+                    continues,
+                    ..WantedLink::new(V, encryption)
+                };
+                dialer.dial(B, &addresses, wanted, wait).await
             };
             tokio::join!(dial, listener.accept())
         });

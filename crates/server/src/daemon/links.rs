@@ -9,7 +9,7 @@ use std::{
 };
 
 use relevo_transport::{
-    DataListener, EstablishedLink, Identity, LinkAdmission, datalink::LinkDialer,
+    DataListener, EstablishedLink, Identity, LinkAdmission, WantedLink, datalink::LinkDialer,
 };
 use relevo_types::{
     NodeId, Time, VolumeId,
@@ -169,9 +169,13 @@ async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
         let Ok(encryption) = admitted else {
             return;
         };
+        let wanted = WantedLink {
+            continues: true,
+            ..WantedLink::new(volume, encryption)
+        };
         let dialed = inner
             .dialer
-            .dial_on(peer, &preferred, volume, encryption, CONNECT_TIMEOUT)
+            .dial(peer, &preferred, wanted, CONNECT_TIMEOUT)
             .await;
         if let Ok(link) = dialed {
             inner.hand_over(link, Duration::ZERO);
@@ -206,9 +210,10 @@ async fn dial(
         };
         // Detached meanwhile.
         inner.volumes.shared.live(volume)?;
+        let wanted = WantedLink::new(volume, encryption);
         match inner
             .dialer
-            .dial(peer, &addresses, volume, encryption, CONNECT_TIMEOUT)
+            .dial(peer, &addresses, wanted, CONNECT_TIMEOUT)
             .await
         {
             Ok(link) => return Some((link, first)),

@@ -8,7 +8,7 @@ use std::{
 };
 
 use relevo_membership::{Heartbeat, PathEcho, PeerEcho};
-use relevo_transport::{DataListener, HeartbeatKey, LinkDialer, Token};
+use relevo_transport::{DataListener, HeartbeatKey, LinkDialer, Token, WantedLink};
 use relevo_types::{ClusterId, Instance, LeaseGeneration, NodeId, VolumeId, cluster::Encryption};
 use said::fuzz::{Random, fuzz, mutate};
 use tokio::{
@@ -30,7 +30,12 @@ async fn greeting(cluster: &Cluster) -> Vec<u8> {
     let dial = tokio::spawn(async move {
         drop(
             dialer
-                .dial(NodeId(2), &[address], V, Encryption::On, LONG)
+                .dial(
+                    NodeId(2),
+                    &[address],
+                    WantedLink::new(V, Encryption::On),
+                    LONG,
+                )
                 .await,
         );
     });
@@ -89,7 +94,7 @@ async fn strangers_at_the_data_port_disturb_nobody() {
     let mut links = 0;
     while links == 0 || !knocking.is_finished() {
         dialer
-            .dial(NodeId(2), &[port], V, Encryption::On, LONG)
+            .dial(NodeId(2), &[port], WantedLink::new(V, Encryption::On), LONG)
             .await
             .unwrap();
         let link = timeout(LONG, listener.accept()).await.unwrap().unwrap();

@@ -4,7 +4,9 @@ use std::{
     time::Duration,
 };
 
-use relevo_transport::{DataListener, EstablishedLink, Identity, LinkAdmission, LinkDialer};
+use relevo_transport::{
+    DataListener, EstablishedLink, Identity, LinkAdmission, LinkDialer, WantedLink,
+};
 use relevo_types::{
     NodeId, VolumeId,
     cluster::Encryption::{self, Off, On},
@@ -74,7 +76,7 @@ async fn a_link_is_established_and_driven_by_hand() {
     let dialer = LinkDialer::new(cluster.node(1)).unwrap();
     let addresses = [nobody(), listener.addresses()[0]];
     let dialed = dialer
-        .dial(NodeId(2), &addresses, V, On, LONG)
+        .dial(NodeId(2), &addresses, WantedLink::new(V, On), LONG)
         .await
         .unwrap();
     let accepted = timeout(LONG, listener.accept()).await.unwrap().unwrap();
@@ -124,14 +126,19 @@ async fn strangers_and_refused_volumes_get_no_link() {
 
     let stranger = LinkDialer::new(theirs.node(1)).unwrap();
     let error = stranger
-        .dial(NodeId(2), &addresses, V, On, LONG)
+        .dial(NodeId(2), &addresses, WantedLink::new(V, On), LONG)
         .await
         .unwrap_err();
     assert!(error.to_string().contains("of another cluster"), "{error}");
 
     let dialer = LinkDialer::new(ours.node(1)).unwrap();
     let error = dialer
-        .dial(NodeId(2), &addresses, VolumeId(9), On, LONG)
+        .dial(
+            NodeId(2),
+            &addresses,
+            WantedLink::new(VolumeId(9), On),
+            LONG,
+        )
         .await
         .unwrap_err();
     assert!(
@@ -140,14 +147,14 @@ async fn strangers_and_refused_volumes_get_no_link() {
     );
 
     let error = dialer
-        .dial(NodeId(3), &addresses, V, On, LONG)
+        .dial(NodeId(3), &addresses, WantedLink::new(V, On), LONG)
         .await
         .unwrap_err();
     assert!(error.to_string().contains("another node"), "{error}");
 
     // Still serving.
     dialer
-        .dial(NodeId(2), &addresses, V, On, LONG)
+        .dial(NodeId(2), &addresses, WantedLink::new(V, On), LONG)
         .await
         .unwrap();
     let link = timeout(LONG, listener.accept()).await.unwrap().unwrap();
@@ -160,7 +167,12 @@ async fn a_peer_that_never_answers_ends_in_time() {
     let silent = std::net::TcpListener::bind(any()).unwrap();
     let addresses = [silent.local_addr().unwrap()];
     let dialer = LinkDialer::new(cluster.node(1)).unwrap();
-    let dial = dialer.dial(NodeId(2), &addresses, V, On, Duration::from_millis(100));
+    let dial = dialer.dial(
+        NodeId(2),
+        &addresses,
+        WantedLink::new(V, On),
+        Duration::from_millis(100),
+    );
     let error = timeout(LONG, dial).await.unwrap().unwrap_err();
     assert!(error.to_string().contains("within 100 ms"), "{error}");
 }
@@ -174,7 +186,9 @@ async fn a_link_without_encryption_is_plain_after_the_greetings() {
     let dialer = LinkDialer::new(cluster.node(1)).unwrap();
     let addresses = listener.addresses().to_vec();
     for accepted_first in [false, true] {
-        let dialed = dialer.dial(NodeId(2), &addresses, V, Off, LONG).await;
+        let dialed = dialer
+            .dial(NodeId(2), &addresses, WantedLink::new(V, Off), LONG)
+            .await;
         let dialed = dialed.unwrap();
         let accepted = timeout(LONG, listener.accept()).await.unwrap().unwrap();
         assert_eq!((dialed.encryption(), accepted.encryption()), (Off, Off));
@@ -207,7 +221,9 @@ async fn two_that_differ_in_encryption_get_no_link() {
     for (ours, theirs) in [(On, Off), (Off, On)] {
         let mut listener = listen(&cluster.node(2), admit_all(theirs));
         let addresses = listener.addresses().to_vec();
-        let dial = dialer.dial(NodeId(2), &addresses, V, ours, LONG).await;
+        let dial = dialer
+            .dial(NodeId(2), &addresses, WantedLink::new(V, ours), LONG)
+            .await;
         let error = dial.unwrap_err().to_string();
         let words = format!(
             "encryption is `{}` here and `{}` at the other side",
