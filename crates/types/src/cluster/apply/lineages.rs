@@ -26,8 +26,8 @@ impl Volume {
             return Err(Rejection::OldLineage { lineage });
         }
         self.put_in_force(node, lineage);
-        if others_give_way {
-            self.let_outsiders_give_way();
+        for (at, replica) in &mut self.replicas {
+            replica.gives_way = others_give_way && *at != node;
         }
         Ok(())
     }
@@ -43,18 +43,13 @@ impl Volume {
         self.check_usable(to)?;
         self.primary = None;
         let lineage = self.new_lineage();
-        // Who gave way, and whoever was in sync with it, does not come back, or a policy by which the newest history gives way would never come to
-        // an end. The others are judged when they are met: nobody decided about what they have.
-        let given_up = self
-            .replicas
-            .iter()
-            .filter(|(_, replica)| replica.gives_way);
-        let mut given_up: BTreeSet<NodeId> = given_up.map(|(at, _)| *at).collect();
-        given_up.extend(&self.in_sync);
-        self.put_in_force(to, lineage);
+        // Who gave way, and whoever was in sync with it, does not come back, or a policy by which the newest
+        // history gives way would never come to an end. The others are judged when they are met: nobody decided
+        // about what they have.
         for (at, replica) in &mut self.replicas {
-            replica.gives_way = given_up.contains(at) && *at != to;
+            replica.gives_way |= self.in_sync.contains(at);
         }
+        self.put_in_force(to, lineage);
         Ok(())
     }
 
@@ -89,15 +84,13 @@ impl Volume {
         self.lineage = lineage;
         self.in_sync = BTreeSet::from([node]);
         let joined = self.epoch.next();
-        for (at, replica) in &mut self.replicas {
+        if let Some(replica) = self.replicas.get_mut(&node) {
+            replica.joined = joined;
+            // Whatever was planned for it: it is the volume now.
             replica.gives_way = false;
-            if *at == node {
-                replica.joined = joined;
-                // Whatever was planned for it: it is the volume now.
-                replica.leaving = false;
-                if let Some(differs) = &mut replica.differs {
-                    differs.repair = false;
-                }
+            replica.leaving = false;
+            if let Some(differs) = &mut replica.differs {
+                differs.repair = false;
             }
         }
     }
