@@ -400,7 +400,6 @@ impl Cluster {
         status::service_state(&state, node.as_ref(), service)
     }
 
-    /// Waits until this node's replica is open as primary.
     /// How this node asks to become primary of a volume.
     pub(crate) fn promotion(&self, volume: VolumeId) -> VolumeChange {
         let live = self.volumes.shared.live(volume);
@@ -408,6 +407,7 @@ impl Cluster {
         promotion(self.me, status.as_ref())
     }
 
+    /// Waits until this node's replica is open as primary.
     pub(crate) async fn await_open(&self, volume: VolumeId, what: &str) -> Result<(), ApiError> {
         self.volumes.await_open(volume).await.map_err(|why| {
             ApiError::new(
