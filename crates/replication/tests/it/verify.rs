@@ -254,16 +254,7 @@ fn load_is_never_taken_for_damage() {
                 let block = (step * 13 + u64::from(round) * 5) % 1000;
                 world.write(A, block, 4, round.wrapping_add(step.to_le_bytes()[0]));
             }
-            let wires = world.busy_wires();
-            let ids = world.ids();
-            let id = ids[world.random.below(ids.len())];
-            if !wires.is_empty() && world.random.one_in(2) {
-                let (from, to) = wires[world.random.below(wires.len())];
-                world.deliver(from, to);
-            } else if !world.nodes[&id].ops.is_empty() {
-                let index = world.random.below(world.nodes[&id].ops.len());
-                world.finish_op(id, index);
-            }
+            world.anything();
         }
         world.pass_ms(20);
     }

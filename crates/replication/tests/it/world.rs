@@ -716,6 +716,20 @@ impl World {
         true
     }
 
+    /// A message of any link arrives, or any operation of any disk ends; or nothing happens.
+    pub(crate) fn anything(&mut self) {
+        let wires = self.busy_wires();
+        let ids = self.ids();
+        let id = ids[self.random.below(ids.len())];
+        if !wires.is_empty() && self.random.one_in(2) {
+            let (from, to) = wires[self.random.below(wires.len())];
+            self.deliver(from, to);
+        } else if !self.nodes[&id].ops.is_empty() {
+            let index = self.random.below(self.nodes[&id].ops.len());
+            self.finish_op(id, index);
+        }
+    }
+
     /// Time passes; everything happens when it is due.
     pub(crate) fn pass(&mut self, duration: Duration) {
         let end = self.now + duration;

@@ -218,6 +218,16 @@ fn alone(stage: &mut Stage) -> (String, String) {
     (primary, other)
 }
 
+/// The disk of the last one in sync is repaired and attached: all goes on without another word.
+fn repair(stage: &mut Stage, primary: &str, other: &str) {
+    stage.disk(primary).set(None);
+    stage.say(primary, &["attach", "mail"]);
+    stage.expect_progress();
+    assert_eq!(service(stage, primary)["failures"], json!([]));
+    stage.start(other);
+    stage.expect_whole();
+}
+
 fn service(stage: &Stage, at: &str) -> Value {
     let status: Value = serde_json::from_str(&stage.ask(at, &["status", "--json"])).unwrap();
     status["cluster"]["services"][0].clone()
@@ -242,12 +252,7 @@ fn requests_wait_for_the_last_disk() {
             assert_eq!(before["node"], primary, "{before:#}");
             assert_eq!(before["state"], "running", "{before:#}");
             assert_eq!(before["failures"], json!([]), "{before:#}");
-            stage.disk(&primary).set(None);
-            stage.say(&primary, &["attach", "mail"]);
-            stage.expect_progress();
-            assert_eq!(service(stage, &primary)["failures"], json!([]));
-            stage.start(&other);
-            stage.expect_whole();
+            repair(stage, &primary, &other);
         },
     );
 }
@@ -265,12 +270,7 @@ fn requests_to_the_last_disk_fail() {
                 service(stage, &primary)["failures"] != json!([])
             });
             stage.expect_answer(&primary, &["status"], "run `relevo attach mail` there");
-            stage.disk(&primary).set(None);
-            stage.say(&primary, &["attach", "mail"]);
-            stage.expect_progress();
-            assert_eq!(service(stage, &primary)["failures"], json!([]));
-            stage.start(&other);
-            stage.expect_whole();
+            repair(stage, &primary, &other);
         },
     );
 }
