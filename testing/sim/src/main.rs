@@ -86,8 +86,8 @@ fn main() -> ExitCode {
 }
 
 /// What the arguments make of a seed.
-fn scenario_of(seed: u64, arguments: &Arguments) -> Scenario {
-    let mut scenario = match (arguments.short, arguments.managed) {
+fn scenario_of(seed: u64, arguments: &Arguments, managed: bool) -> Scenario {
+    let mut scenario = match (arguments.short, managed) {
         (true, _) => Scenario::short(seed),
         (false, true) => Scenario::managed(seed),
         (false, false) => Scenario::of_seed(seed),
@@ -101,7 +101,7 @@ fn scenario_of(seed: u64, arguments: &Arguments) -> Scenario {
 }
 
 fn one(seed: u64, arguments: &Arguments) -> ExitCode {
-    let scenario = scenario_of(seed, arguments);
+    let scenario = scenario_of(seed, arguments, arguments.managed);
     println!("{scenario:?}");
     let trace = if arguments.trace {
         Trace::printing()
@@ -130,7 +130,7 @@ fn many(arguments: &Arguments, threads: usize) -> ExitCode {
         from..from + arguments.seeds,
         threads,
         arguments.failures,
-        |seed| scenario_of(seed, arguments),
+        |seed| scenario_of(seed, arguments, arguments.managed),
     );
     report(arguments, &totals, begin.elapsed())
 }
@@ -149,13 +149,7 @@ fn night(arguments: &Arguments, threads: usize, time: Duration) -> ExitCode {
                 from..from + seeds,
                 threads,
                 arguments.failures,
-                |seed| {
-                    let mut scenario = scenario_of(seed, arguments);
-                    if managed {
-                        scenario = Scenario::managed(seed);
-                    }
-                    scenario
-                },
+                |seed| scenario_of(seed, arguments, managed),
             ));
         }
         from += SPELL;
