@@ -133,6 +133,8 @@ impl Session {
         match csums {
             Csums::No => Some(Means::Copy),
             Csums::Yes => Some(Means::Compare),
+            // What was written while it was left behind differs, and every round trip keeps it there longer.
+            Csums::Auto if self.behind_since.is_some() => Some(Means::Copy),
             Csums::Auto => {
                 let reads = self.reads.iter();
                 let reads = reads.filter(|(_, means)| **means == Means::Compare);

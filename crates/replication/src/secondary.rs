@@ -24,6 +24,8 @@ const TAIL_RUNS_MAX: usize = 16_384;
 pub(crate) enum After {
     /// Answer `StartSync`.
     StartSync(Reply),
+    /// Answer the `StartSync` of a primary that left this replica behind.
+    CatchUp(Reply),
     /// Answer `Reconcile`.
     Reconcile(Reply),
     /// Act on `EpochUpdate`.
@@ -57,6 +59,10 @@ impl Machine {
                 self.send_uncertain(cx, reply);
                 self.unblock(cx, reply.peer);
             }
+            After::CatchUp(reply) if self.is_current(reply) => {
+                self.send_runs_of_doubt(cx, reply, &[]);
+                self.unblock(cx, reply.peer);
+            }
             After::Reconcile(reply) if self.is_current(reply) => {
                 self.send_tail(cx, reply);
                 self.unblock(cx, reply.peer);
@@ -69,7 +75,7 @@ impl Machine {
                 let Reply { peer, epoch, .. } = reply;
                 self.send(cx, peer, Message::BarrierAck { epoch, id });
             }
-            After::StartSync(reply) | After::Reconcile(reply) => {
+            After::StartSync(reply) | After::CatchUp(reply) | After::Reconcile(reply) => {
                 // Overtaken by a higher epoch, perhaps one of the same primary, which would wait for
                 // the answer for ever: on a new link it asks again.
                 if self.is_link_of(reply) {
@@ -158,12 +164,22 @@ impl Machine {
     }
 
     pub(crate) fn start_sync(&mut self, cx: &mut Cx<'_>, peer: NodeId, epoch: Epoch) {
+        let left = Incoming {
+            epoch,
+            part: Part::Behind,
+        };
+        let catches_up = self.links.get(&peer).and_then(|link| link.incoming) == Some(left);
         if self.accept_reign(cx, peer, epoch, Part::Target) {
             self.fold_tail();
             self.barriers.clear();
             self.block(peer);
             let reply = self.reply_to(peer, epoch);
-            if self.is_other_lineage(peer) {
+            if catches_up {
+                // The same reign on the same link: the primary was told what is uncertain here when this
+                // session began, and has marked since what it did not send. To be told of it again it would
+                // copy everything again, each time.
+                self.become_mix(After::CatchUp(reply));
+            } else if self.is_other_lineage(peer) {
                 self.give_way(cx, reply);
             } else {
                 self.become_target(reply);
@@ -173,14 +189,22 @@ impl Machine {
 
     /// From here on this replica is a mix, durably, before the primary is told what it lacks.
     pub(crate) fn become_target(&mut self, reply: Reply) {
+        self.become_mix(After::StartSync(reply));
+    }
+
+    fn become_mix(&mut self, after: After) {
         self.meta.superblock.inconsistent = true;
         let ticket = self.meta.want_all();
-        self.afters.push((ticket, After::StartSync(reply)));
+        self.afters.push((ticket, after));
     }
 
     fn send_uncertain(&mut self, cx: &mut Cx<'_>, reply: Reply) {
         let own = self.meta.bitmaps.of(self.meta.own_slot());
         let runs: Vec<BlockRange> = own.runs(u64::MAX).collect();
+        self.send_runs_of_doubt(cx, reply, &runs);
+    }
+
+    fn send_runs_of_doubt(&mut self, cx: &mut Cx<'_>, reply: Reply, runs: &[BlockRange]) {
         let epoch = reply.epoch;
         let mut parts = runs.chunks(RUNS_PER_MESSAGE).peekable();
         if parts.peek().is_none() {

@@ -141,7 +141,8 @@ fn mixture(seed: u64) -> ([Protocol; REPLICAS_MAX], Congestion, u64) {
     let congestion = Congestion {
         sndbuf_bytes,
         policy: rng.pick(&[OnCongestion::Block, OnCongestion::PullAhead]),
-        fill_bytes: rng.pick(&[1, 2, 4]) * sndbuf_bytes / 4,
+        // Not less than a block: options refuse it.
+        fill_bytes: (rng.pick(&[1, 2, 4]) * sndbuf_bytes / 4).max(block),
         extents: rng.pick(&[2, 1000]),
     };
     (protocols, congestion, rng.pick(&[0, 2000, 8000]))
@@ -217,7 +218,7 @@ pub struct Scenario {
     /// A fault is followed by another one at once, in percent.
     pub bursts: f64,
     /// While the cluster heals there are no writes until it is whole: nothing then hides what is
-    /// wrong, or shakes a peer awake.
+    /// wrong, or shakes a peer awake. Also where writes would keep a replica of protocol A behind.
     pub idle_heal: bool,
     /// When all is whole, the disk of a secondary hangs while its daemon lives: writes must go on
     /// without it after a while.
@@ -308,7 +309,7 @@ impl Scenario {
             faults.push((needed, 5));
         }
         let (protocols, congestion, far_us) = mixture(seed);
-        Self {
+        let mut scenario = Self {
             seed,
             data_nodes,
             witness,
@@ -360,7 +361,19 @@ impl Scenario {
             csums: Rng::new(seed, 11).pick(&[Csums::Auto, Csums::Yes, Csums::No]),
             disk_trouble: disk_trouble(seed),
             far_us,
-        }
+        };
+        // Who is left behind by an application that never pauses stays behind, as he should.
+        scenario.idle_heal |= scenario.outruns();
+        scenario
+    }
+
+    /// Whether more may be written than the line to a replica that is left behind carries: as much as
+    /// begins `Ahead`, each round trip.
+    fn outruns(&self) -> bool {
+        let follows = self.protocols[..self.data_nodes].contains(&Protocol::A);
+        let carried = self.congestion.fill_bytes / 4096 * self.think_us;
+        let asked = 2 * self.clients as u64 * (2 * self.net_us + self.disk_us + self.far_us);
+        follows && self.congestion.policy == OnCongestion::PullAhead && asked > carried
     }
 
     /// The seed's scenario with the real managers.

@@ -83,7 +83,8 @@ impl Cluster {
             Phase::Healing => {
                 let hangs = self.machines.iter().any(|machine| machine.hung);
                 let alone = self.last_disk.is_some();
-                !self.scenario.idle_heal || self.all_in_sync(false) || hangs || alone
+                let healed = self.all_in_sync(false) && self.is_not_replacing();
+                !self.scenario.idle_heal || healed || hangs || alone
             }
             Phase::Settling => false,
         };

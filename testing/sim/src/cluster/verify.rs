@@ -145,10 +145,15 @@ impl Cluster {
     pub(super) fn is_whole(&self) -> bool {
         self.load.writes_answered >= 3
             && self.queue.now() >= self.second.over_at
-            && (self.replaced.is_none() || self.scenario.repair_late && !self.repairing)
+            && self.is_not_replacing()
             && self.all_in_sync(false)
             && self.open_primary().is_some()
             && (!self.scenario.managed || self.service_runs())
+    }
+
+    /// No replica is being moved, or its move waits for a repair.
+    pub(super) fn is_not_replacing(&self) -> bool {
+        self.replaced.is_none() || self.scenario.repair_late && !self.repairing
     }
 
     /// Stops the workload, waits for silence, compares all replicas and reads everything.
