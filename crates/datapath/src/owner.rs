@@ -399,6 +399,7 @@ impl Owner {
             }
             VolumeEvent::Detached => self.withdraw("it is detached from this node"),
             VolumeEvent::Attached { .. }
+            | VolumeEvent::Tends { .. }
             | VolumeEvent::Peer { .. }
             | VolumeEvent::Verified { .. }
             | VolumeEvent::SplitBrain { .. }

@@ -155,6 +155,13 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
                 | VolumeChange::PromoteUncertain { node: to } => {
                     format!("{} is primary of volume {}", node(to), volume(id))
                 }
+                VolumeChange::Tend { node: by } => {
+                    format!(
+                        "{} brings the other replicas of volume {} up to date: nobody uses it",
+                        node(by),
+                        volume(id)
+                    )
+                }
                 VolumeChange::Demote { node: from } => {
                     format!("{} is primary of volume {} no more", node(from), volume(id))
                 }

@@ -406,7 +406,7 @@ impl Runner {
         let Some(volume) = context.state.volumes.get(&id) else {
             return true;
         };
-        if volume.primary != Some(context.me) {
+        if volume.serving() != Some(context.me) {
             self.slots[index].demote_at = None;
             return true;
         }
@@ -566,7 +566,8 @@ fn promote(context: &mut Context<'_>, id: VolumeId, service: &str) -> Result<Str
         let reason = format!("the disk of volume `{name}` is unusable here");
         return Err(NotHere::Broken(reason, true));
     }
-    match volume.primary {
+    // One that only tends the volume is displaced.
+    match volume.serving() {
         Some(primary) if primary == context.me => Ok(context.engines.why_not_open(id, name)),
         Some(primary) => Ok(format!(
             "volume `{name}` has {} as primary; it has to step down or be evicted",

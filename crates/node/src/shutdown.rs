@@ -128,7 +128,7 @@ impl Node {
         let primary: Vec<VolumeId> = state
             .volumes
             .values()
-            .filter(|volume| volume.primary == Some(me) && self.engines.is_open(volume.id))
+            .filter(|volume| volume.serving() == Some(me) && self.engines.is_open(volume.id))
             .map(|volume| volume.id)
             .collect();
         let Some(shutdown) = self.shutdown.as_mut() else {

@@ -3,16 +3,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
 use relevo_planner::ReplicaView;
-use relevo_replication::io::{DiskState, EngineStatus, VolumeEvent, promotion};
+use relevo_replication::io::{DiskState, EngineStatus, PeerState, VolumeEvent, promotion};
 use relevo_types::{
     NodeId, Time, VolumeId,
     cluster::{ClusterState, Command, ReplicaStanding, Volume, VolumeChange},
 };
 
 use crate::{Effect, VolumeOrder, proposals::Proposals, runner::DEMOTE_AGAIN};
+
+/// A service that starts, or a person, is about to promote somebody within this time.
+const TEND_AFTER: Duration = Duration::from_secs(3);
 
 /// One engine as it told.
 #[derive(Debug)]
@@ -37,6 +41,8 @@ pub(crate) struct Engines {
     /// Volumes whose service another node holds while this one is primary, and when it was told
     /// to step down.
     orphans: BTreeMap<VolumeId, Time>,
+    /// Volumes of which a replica lacks something although nobody uses them, and since when.
+    untended: BTreeMap<VolumeId, Time>,
 }
 
 impl Engines {
@@ -72,6 +78,7 @@ impl Engines {
             }
             Some(
                 VolumeEvent::Detached
+                | VolumeEvent::Tends { .. }
                 | VolumeEvent::Peer { .. }
                 | VolumeEvent::Verified { .. }
                 | VolumeEvent::Healed { .. }
@@ -222,6 +229,7 @@ impl Engines {
                         });
                     }
                     self.leave_to_holder(now, me, state, volume, proposals, out);
+                    self.tend(now, me, state, volume, proposals, out);
                     self.forgive_disk(now, me, state, volume, proposals, out);
                 }
             }
@@ -305,6 +313,92 @@ impl Engines {
                 order: VolumeOrder::Demote,
             });
         }
+    }
+
+    /// While nobody uses a volume, a replica in sync brings the others up to date: as a primary that takes no
+    /// request, until all is done or somebody is promoted.
+    fn tend(
+        &mut self,
+        now: Time,
+        me: NodeId,
+        state: &ClusterState,
+        volume: &Volume,
+        proposals: &mut Proposals,
+        out: &mut Vec<Effect>,
+    ) {
+        let id = volume.id;
+        let needed = volume.serving().is_none() && self.needs_tending(me, volume);
+        if volume.primary == Some(me) && volume.tends && !needed {
+            let told = self.untended.get(&id);
+            if told.is_none_or(|told| now >= *told + DEMOTE_AGAIN) {
+                self.untended.insert(id, now);
+                out.push(Effect::Volume {
+                    volume: id,
+                    order: VolumeOrder::Demote,
+                });
+            }
+            return;
+        }
+        let wanted_elsewhere = || {
+            let mut services = state.services.values();
+            services.any(|it| it.holder.is_some() && it.spec.volumes().any(|used| used == id))
+        };
+        if !needed
+            || volume.primary.is_some()
+            || wanted_elsewhere()
+            || !self.may_tend(me, state, volume)
+        {
+            self.untended.remove(&id);
+            return;
+        }
+        if now < *self.untended.entry(id).or_insert(now) + TEND_AFTER {
+            return;
+        }
+        let command = Command::Volume {
+            volume: id,
+            expect: volume.epoch,
+            change: VolumeChange::Tend { node: me },
+        };
+        let reason = format!(
+            "volume `{}`: nobody uses it, and a replica lacks what this one has",
+            volume.name
+        );
+        proposals.want(now, state.revision, command, &reason, out);
+    }
+
+    /// Whether a replica that can be reached lacks something, or one that shall go waits to be let go.
+    fn needs_tending(&self, me: NodeId, volume: &Volume) -> bool {
+        let Some(engine) = self.engines.get(&volume.id) else {
+            return false;
+        };
+        volume.replicas.iter().any(|(node, replica)| {
+            if volume.in_sync.contains(node) {
+                return replica.leaving;
+            }
+            let state = engine.status.peers.get(node).copied().unwrap_or_default();
+            let reached = !matches!(
+                state,
+                PeerState::Connecting | PeerState::StandAlone | PeerState::Following
+            );
+            reached && *node != me && replica.standing == ReplicaStanding::Ready
+        })
+    }
+
+    /// Whether this node has all, and is in touch with all who have: one that is away shall not have to leave
+    /// the set for this.
+    fn may_tend(&self, me: NodeId, state: &ClusterState, volume: &Volume) -> bool {
+        let Some(engine) = self.engines.get(&volume.id) else {
+            return false;
+        };
+        let status = &engine.status;
+        let stays = volume.replicas.get(&me).is_some_and(|own| !own.leaving);
+        let evicted = state.nodes.get(&me).is_none_or(|own| own.lease.evicted);
+        let has_all = status.certain && status.disk == DiskState::UpToDate;
+        let away = |node: &NodeId| {
+            let state = status.peers.get(node).copied().unwrap_or_default();
+            *node != me && matches!(state, PeerState::Connecting | PeerState::StandAlone)
+        };
+        stays && !evicted && has_all && !volume.in_sync.iter().any(away)
     }
 
     fn create(

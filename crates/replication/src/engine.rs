@@ -423,7 +423,7 @@ fn fail_machine(cx: &mut Cx<'_>, machine: &mut Machine, reason: String) -> Faile
     let requests = machine.requests.drain();
     let me = machine.node();
     let volume = machine.volume.as_deref();
-    let holds = machine.is_open() && volume.is_some_and(|volume| nothing_accessible(volume, me));
+    let holds = machine.serves() && volume.is_some_and(|volume| nothing_accessible(volume, me));
     let held = if holds {
         Some(requests)
     } else {
@@ -433,7 +433,7 @@ fn fail_machine(cx: &mut Cx<'_>, machine: &mut Machine, reason: String) -> Faile
     for peer in machine.links.keys() {
         refuse_disk(cx, *peer, &reason);
     }
-    if machine.is_open() && !holds {
+    if machine.serves() && !holds {
         cx.emit(Effect::Event(VolumeEvent::Closed {
             reason: reason.clone(),
         }));

@@ -294,6 +294,11 @@ pub enum VolumeEvent {
         /// Under this epoch.
         epoch: Epoch,
     },
+    /// This node is primary, takes no requests, and brings the other replicas up to date.
+    Tends {
+        /// Under this epoch.
+        epoch: Epoch,
+    },
     /// This node is no longer primary. Requests not answered were answered with an error.
     Closed {
         /// Why.

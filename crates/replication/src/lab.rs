@@ -66,6 +66,8 @@ pub enum PlantedBug {
     ToldBeforeCommitted,
     /// Only who found it knows what is to be repaired.
     RepairForgotten,
+    /// Who only tends the volume takes requests (rule 1: it is displaced without a proof).
+    TenderTakesRequests,
 }
 
 impl Lab {

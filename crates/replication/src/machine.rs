@@ -344,6 +344,11 @@ impl Machine {
         matches!(self.role, Role::Primary(_))
     }
 
+    /// Whether this node takes requests.
+    pub(crate) fn serves(&self) -> bool {
+        self.primary().is_some_and(|primary| primary.serves)
+    }
+
     /// Whether a run lies within the volume and is not empty.
     pub(crate) fn is_inside(&self, blocks: BlockRange) -> bool {
         let end = blocks.first.checked_add(blocks.count);

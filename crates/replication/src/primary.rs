@@ -39,6 +39,8 @@ pub(crate) struct Primary {
     pub(crate) write_bytes: u64,
     pub(crate) flushes: BTreeMap<u64, PendingFlush>,
     pub(crate) demotion: Demotion,
+    /// Requests are taken: it does not only tend the volume.
+    pub(crate) serves: bool,
     /// When to send the complete position by itself.
     pub(crate) complete_due: Option<Time>,
 }
@@ -106,6 +108,7 @@ impl Primary {
             write_bytes: 0,
             flushes: BTreeMap::new(),
             demotion: Demotion::None,
+            serves: false,
             complete_due: None,
         }
     }
@@ -589,8 +592,10 @@ impl Machine {
                     result: Err(error),
                 });
             }
-            let reason = reason.to_owned();
-            cx.emit(Effect::Event(VolumeEvent::Closed { reason }));
+            if primary.serves {
+                let reason = reason.to_owned();
+                cx.emit(Effect::Event(VolumeEvent::Closed { reason }));
+            }
         }
     }
 

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use relevo_types::{BlockRange, Epoch, NodeId, Time};
+use relevo_types::{BlockRange, Epoch, NodeId, Time, cluster::Volume};
 use relevo_wire::Message;
 
 use crate::{
@@ -377,7 +377,23 @@ impl Machine {
                 self.send(cx, peer, Message::EpochUpdate { epoch, in_sync });
             }
         }
-        cx.emit(Effect::Event(VolumeEvent::Opened { epoch }));
+        if volume.tends {
+            cx.emit(Effect::Event(VolumeEvent::Tends { epoch }));
+        }
+        self.serve(cx, &volume);
         self.settle_primary(cx);
+    }
+
+    /// Requests are taken from now on, unless this node only tends the volume.
+    pub(crate) fn serve(&mut self, cx: &mut Cx<'_>, volume: &Volume) {
+        let takes = self.lab.has(PlantedBug::TenderTakesRequests);
+        let Some(primary) = self.primary_mut() else {
+            return;
+        };
+        if !primary.serves && (!volume.tends || takes) {
+            primary.serves = true;
+            let epoch = primary.epoch;
+            cx.emit(Effect::Event(VolumeEvent::Opened { epoch }));
+        }
     }
 }

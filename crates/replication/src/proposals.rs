@@ -83,6 +83,7 @@ impl Proposals {
             VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } => {
                 format!("that {node} becomes primary")
             }
+            VolumeChange::Tend { node } => format!("that {node} brings the others up to date"),
             VolumeChange::Differs { node, .. } => {
                 format!("what verification found of the replica of {node}")
             }
@@ -255,6 +256,7 @@ impl Machine {
         }
         self.generations_soon(cx);
         self.update_all(cx);
+        self.serve(cx, &volume);
     }
 
     pub(crate) fn settle_proposals(&mut self, cx: &mut Cx<'_>) {
@@ -277,6 +279,7 @@ impl Machine {
         }
         let change = match &self.role {
             Role::Secondary => None,
+            Role::Yielding if volume.tends => Some(VolumeChange::Demote { node: self.node() }),
             Role::Yielding => return hand_over(volume, self.node()),
             Role::Promoting(_) if self.stepping_down => {
                 Some(VolumeChange::Demote { node: self.node() })
@@ -295,7 +298,24 @@ impl Machine {
                 .or_else(|| self.gives_way_to())
                 .or_else(|| self.joiner().map(|node| VolumeChange::Join { node })),
         };
-        Some((volume.epoch, change?))
+        let change = change?;
+        let change = if volume.tends && self.bereaves(&change) {
+            VolumeChange::Demote { node: self.node() }
+        } else {
+            change
+        };
+        Some((volume.epoch, change))
+    }
+
+    /// Whether a change would take members from the set that were not meant to go. One that only tends the
+    /// volume gives the role back instead: nobody waits for what it does, and who leaves can't serve.
+    fn bereaves(&self, change: &VolumeChange) -> bool {
+        match change {
+            VolumeChange::Leave { nodes } => nodes
+                .iter()
+                .any(|node| self.may_join(*node) && !self.is_leaving(*node)),
+            _ => false,
+        }
     }
 
     /// Who must leave the in-sync set: members without an in-sync session, whose replica shall go, or of

@@ -95,7 +95,7 @@ impl Machine {
     }
 
     pub(crate) fn accept_request(&mut self, cx: &mut Cx<'_>, id: RequestId, request: AppRequest) {
-        let refusal = if !self.is_open() || self.stepping_down {
+        let refusal = if !self.serves() || self.stepping_down {
             Some(ReplyError::NotPrimary)
         } else if self.is_without_quorum(cx.now)
             || self.requests.len() >= REQUESTS_MAX
@@ -132,7 +132,7 @@ impl Machine {
             .volume
             .as_ref()
             .is_some_and(|volume| volume.options.on_no_quorum == OnLoss::Error);
-        if fails && self.is_open() {
+        if fails && self.serves() {
             self.lease_until.max(self.opened) + self.config.link_timeout
         } else {
             Time::NEVER

@@ -15,7 +15,7 @@ use crate::{
 impl Machine {
     pub(crate) fn status(&self) -> EngineStatus {
         EngineStatus {
-            open: self.is_open(),
+            open: self.serves(),
             disk: self.disk_state(),
             epoch: self.meta.durable_epoch(),
             certain: self.certain,

@@ -36,13 +36,15 @@ pub enum Bug {
     /// A generation of marks for a follower is forgotten before it acknowledged what they stand for
     /// (rule 5).
     GenerationDroppedEarly,
+    /// A node that only tends the volume takes requests (rule 1: it is displaced without a proof).
+    TenderTakesRequests,
     /// Equal epochs count as equal histories when two lineages meet (rule 9).
     EqualEpochEqualData,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::AckBeforeLeave,
         Self::ClearOnSend,
         Self::LostLinkNotMarked,
@@ -58,6 +60,7 @@ impl Bug {
         Self::LeaseNotWaitedOut,
         Self::UncertainDropsEvicted,
         Self::GenerationDroppedEarly,
+        Self::TenderTakesRequests,
         Self::EqualEpochEqualData,
     ];
 }

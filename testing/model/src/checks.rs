@@ -118,7 +118,8 @@ impl Protocol {
             .filter(there)
             .fold(0, |all, node| all | bit(node))
             & self.may_be_members();
-        if node >= self.nodes || self.is_lost(s, node) || config.in_sync != everyone {
+        if node >= self.nodes || config.tends || self.is_lost(s, node) || config.in_sync != everyone
+        {
             return false;
         }
         let n = &s.nodes[node];

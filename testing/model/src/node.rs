@@ -420,6 +420,10 @@ impl Protocol {
             }
             _ => {}
         }
+        // One that only tends makes nobody leave.
+        if config.tends && leave.is_some_and(|nodes| nodes != 0) {
+            (leave, demote) = (None, true);
+        }
         if let Some(peer) = join {
             s.nodes[node].peers[peer].pending_join = epoch;
         }

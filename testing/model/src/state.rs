@@ -21,6 +21,8 @@ pub struct Config {
     pub primary: u8,
     /// The in-sync set.
     pub in_sync: u8,
+    /// The primary takes no requests: whoever is promoted displaces it.
+    pub tends: bool,
 }
 
 /// A control log: one to begin with, one more for each forced promotion.
@@ -261,6 +263,8 @@ pub struct Budget {
     pub forced: u8,
     /// Losses of the last node for good.
     pub losses: u8,
+    /// Reigns that only tend the volume.
+    pub tends: u8,
 }
 
 /// What can be seen only while it happens.
@@ -369,6 +373,7 @@ impl State {
             &mut self.left.demotes,
             &mut self.left.forced,
             &mut self.left.losses,
+            &mut self.left.tends,
         ] {
             bits.bits(left, 2);
         }
@@ -407,6 +412,7 @@ impl State {
                 let config = &mut log.configs[usize::from(epoch)];
                 bits.bits(&mut config.primary, 2);
                 bits.bits(&mut config.in_sync, 3);
+                bits.flag(&mut config.tends);
             }
             bits.bits(&mut log.joins, 3);
             bits.bits(&mut log.leaves, 8);
@@ -421,7 +427,7 @@ impl State {
                 }
                 let queue = &mut self.queues[from][to];
                 let mut len = u8::try_from(queue.len()).unwrap_or(u8::MAX);
-                bits.bits(&mut len, 4);
+                bits.bits(&mut len, 5);
                 queue.resize(usize::from(len), Message::Nothing);
                 for message in queue {
                     message.pack(bits, per_block);

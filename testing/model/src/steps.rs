@@ -23,6 +23,8 @@ pub struct Protocol {
     pub budget: Budget,
     /// It begins with the primary alone in the set, the last node lost.
     pub alone: bool,
+    /// It begins with a primary that only tends the volume.
+    pub tended: bool,
     /// The node whose replica is of protocol A, if any: outside the set, and never promoted.
     pub follower: Option<usize>,
     /// Nodes that may fail.
@@ -77,6 +79,8 @@ pub enum Step {
     Readmit { node: usize },
     /// The log commits a primary.
     Promote { node: usize },
+    /// The log commits a primary that takes no requests.
+    Tend { node: usize },
     /// The lease of a primary runs out.
     LeaseEnds { node: usize },
     /// It is granted again.
@@ -103,6 +107,7 @@ impl Model for Protocol {
         let config = Config {
             primary: 0,
             in_sync: self.may_be_members(),
+            tends: self.tended,
         };
         let mut s = State {
             left: self.budget,
@@ -187,6 +192,7 @@ impl Protocol {
         s.logs[0].commit(Config {
             primary: 0,
             in_sync: 1,
+            tends: false,
         });
         for node in 0..self.nodes {
             let n = &mut s.nodes[node];
@@ -248,11 +254,7 @@ impl Protocol {
             );
         }
         let block = crate::state::block_of(s.issued + 1, self.blocks);
-        if n.role == Role::Primary
-            && !n.demoting
-            && s.issued < self.writes
-            && self.gate_is_free(n, block)
-        {
+        if self.takes_requests(s, node) && s.issued < self.writes && self.gate_is_free(n, block) {
             go(Step::Write { at: node }, false, &|s| self.write(s, node));
         }
         if !n.lease && log.evicted & bit(node) == 0 {
@@ -423,6 +425,7 @@ impl Protocol {
         }
         let nobody = Config {
             primary: NOBODY,
+            tends: false,
             ..config
         };
         if log.demote {
@@ -449,14 +452,28 @@ impl Protocol {
                 });
             }
             let fit = n.up && config.in_sync & !log.evicted & bit(node) != 0;
-            if !has_primary(config.primary) && fit {
+            let named = u8::try_from(node).unwrap_or(NOBODY);
+            if s.left.tends > 0 && !has_primary(config.primary) && fit && n.certain {
+                go(Step::Tend { node }, false, &|s| {
+                    s.left.tends -= 1;
+                    s.logs[number].commit(Config {
+                        primary: named,
+                        tends: true,
+                        ..config
+                    });
+                });
+            }
+            if (!has_primary(config.primary) || config.tends) && fit {
                 // Evicted members can't answer, as a rule, and are not waited for. One that is uncertain
                 // must hear them if they can.
                 let drops = n.certain || self.has(Bug::UncertainDropsEvicted);
                 let in_sync = config.in_sync & !if drops { log.evicted } else { 0 };
                 go(Step::Promote { node }, false, &|s| {
-                    let primary = u8::try_from(node).unwrap_or(NOBODY);
-                    s.logs[number].commit(Config { primary, in_sync });
+                    s.logs[number].commit(Config {
+                        primary: named,
+                        in_sync,
+                        tends: false,
+                    });
                 });
             }
         }
@@ -567,9 +584,17 @@ impl Protocol {
         log.commit(Config {
             primary,
             in_sync: bit(node),
+            tends: false,
         });
         self.begin_promotion(s, node);
         self.settle(s, node);
+    }
+
+    /// Whether a node answers an application: one that steps down, or only tends the volume, does not.
+    fn takes_requests(&self, s: &State, node: usize) -> bool {
+        let n = &s.nodes[node];
+        let tends = s.known(node).tends && !self.has(Bug::TenderTakesRequests);
+        n.role == Role::Primary && !n.demoting && !tends
     }
 
     /// Whoever may serve reads shows what it has; it must be what was promised last.
@@ -577,7 +602,7 @@ impl Protocol {
         for node in 0..self.nodes {
             let n = s.nodes[node];
             // One that steps down answers no new requests: it said goodbye.
-            if !(n.up && n.lease && n.role == Role::Primary && !n.demoting) {
+            if !(n.up && n.lease && self.takes_requests(s, node)) {
                 continue;
             }
             for block in (0..self.blocks).filter(|block| self.gate_is_free(&n, *block)) {

@@ -215,6 +215,7 @@ pub const fn volume_command(expect: Epoch, change: VolumeChange) -> Command {
 pub fn words(command: &Command) -> String {
     match command {
         Command::Volume { expect, change, .. } => match change {
+            VolumeChange::Tend { node } => format!("tend by {node} at {expect}"),
             VolumeChange::Promote { node } => format!("promote {node} at {expect}"),
             VolumeChange::PromoteUncertain { node } => {
                 format!("promote {node}, uncertain, at {expect}")
@@ -254,6 +255,7 @@ pub(crate) mod tests {
             lineages: vec![LineageId(1)],
             epoch: Epoch(epoch),
             primary: primary.map(NodeId),
+            tends: false,
             in_sync: in_sync.iter().copied().map(NodeId).collect::<BTreeSet<_>>(),
             replicas: BTreeMap::new(),
             options: relevo_types::cluster::VolumeOptions::default(),

@@ -40,6 +40,8 @@ pub const ALL: &[&str] = &[
     "commit: join",
     "commit: leave",
     "commit: demote",
+    "commit: tend",
+    "resync: ended while nobody used the volume",
     "commit: evict, condemned",
     "crash between two effects of one input",
     "crash while a resync runs to or from the node",

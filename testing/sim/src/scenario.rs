@@ -55,6 +55,7 @@ impl Planted {
         (PlantedBug::ToldBeforeCommitted, "told-before-committed"),
         (PlantedBug::RepairForgotten, "repair-forgotten"),
         (PlantedBug::HealFromAnybody, "heal-from-anybody"),
+        (PlantedBug::TenderTakesRequests, "tender-takes-requests"),
         (PlantedBug::MergeInSilence, "merge-in-silence"),
         (
             PlantedBug::OverwriteWithoutSaving,
@@ -269,6 +270,8 @@ pub struct Scenario {
     /// Replicas of protocol A are far away: each write to them takes the line this long, in
     /// microseconds. 0: they are not.
     pub far_us: u64,
+    /// A volume without a primary is tended first, in percent.
+    pub tends: f64,
     /// A planted bug.
     pub planted: Option<Planted>,
     /// Crash enumeration: the one crash of the run.
@@ -361,6 +364,7 @@ impl Scenario {
             csums: Rng::new(seed, 11).pick(&[Csums::Auto, Csums::Yes, Csums::No]),
             disk_trouble: disk_trouble(seed),
             far_us,
+            tends: Rng::new(seed, 14).pick(&[0.0, 0.0, 20.0, 60.0]),
         };
         // Who is left behind by an application that never pauses stays behind, as he should.
         scenario.idle_heal |= scenario.outruns();

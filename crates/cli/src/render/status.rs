@@ -158,10 +158,11 @@ impl Page {
     }
 
     fn volume(&mut self, volume: &VolumeStatus) {
-        let primary = volume.primary.as_ref().map_or_else(
-            || "no primary".to_owned(),
-            |node| format!("primary on {node}"),
-        );
+        let primary = match (&volume.primary, &volume.tended_by) {
+            (Some(node), _) => format!("primary on {node}"),
+            (None, Some(node)) => format!("no primary ({node} brings the others up to date)"),
+            (None, None) => "no primary".to_owned(),
+        };
         let in_sync = if volume.epoch == 0 {
             "being created".to_owned()
         } else {

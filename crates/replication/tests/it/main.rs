@@ -15,6 +15,7 @@ mod replicas;
 mod scenarios;
 mod split;
 mod storm;
+mod tend;
 mod verify;
 mod world;
 

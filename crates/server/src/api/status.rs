@@ -149,6 +149,9 @@ pub struct VolumeStatus {
     pub epoch: u64,
     /// Its primary.
     pub primary: Option<String>,
+    /// The node that brings the other replicas up to date while nobody uses the volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tended_by: Option<String>,
     /// Members of the in-sync set.
     pub in_sync: Vec<String>,
     /// Replicas.

@@ -443,6 +443,7 @@ impl Worker {
             }
             Some(
                 VolumeEvent::Opened { .. }
+                | VolumeEvent::Tends { .. }
                 | VolumeEvent::Closed { .. }
                 | VolumeEvent::Detached
                 | VolumeEvent::Verified { .. }

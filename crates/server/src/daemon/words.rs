@@ -27,6 +27,12 @@ pub(super) fn of_event(
             EventLevel::Info,
             format!("open here as primary at epoch {epoch}"),
         ),
+        VolumeEvent::Tends { epoch } => (
+            EventLevel::Info,
+            format!(
+                "nobody uses it: the other replicas are brought up to date from here, at epoch {epoch}"
+            ),
+        ),
         VolumeEvent::Closed { reason } => (EventLevel::Info, format!("closed here: {reason}")),
         VolumeEvent::Verified { node: of, .. } => verified_words(&node(*of), event),
         VolumeEvent::Healed {

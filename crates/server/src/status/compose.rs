@@ -216,7 +216,9 @@ impl Sources<'_> {
             .primary
             .filter(|primary| self.local(*primary, volume).is_some())
             .unwrap_or(self.me);
-        let waiting = self.local(teller, volume).and_then(|local| {
+        // Without requests nothing waits.
+        let told = self.local(teller, volume).filter(|_| !volume.tends);
+        let waiting = told.and_then(|local| {
             let why = local.waiting.clone()?;
             Some(WaitStatus {
                 what: "its requests".to_owned(),
@@ -230,7 +232,11 @@ impl Sources<'_> {
             id: volume.id.to_string(),
             size: volume.size,
             epoch: volume.epoch.0,
-            primary: volume.primary.map(|node| self.state.node_name(node)),
+            primary: volume.serving().map(|node| self.state.node_name(node)),
+            tended_by: volume
+                .primary
+                .filter(|_| volume.tends)
+                .map(|node| self.state.node_name(node)),
             in_sync: volume
                 .in_sync
                 .iter()
@@ -316,7 +322,7 @@ impl Sources<'_> {
         };
         ReplicaStatus {
             node: self.state.node_name(node),
-            role: if volume.primary == Some(node) {
+            role: if volume.serving() == Some(node) {
                 "Primary"
             } else {
                 "Secondary"

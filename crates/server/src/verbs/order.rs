@@ -150,7 +150,7 @@ impl Cluster {
         let me = self.me();
         let refused =
             |why: &str, remedy: &str| Err(ApiError::new(ErrorKind::Refused, what, why, remedy));
-        if volume.primary == Some(me) {
+        if volume.serving() == Some(me) {
             return refused("this node is primary", "run `relevo secondary` first");
         }
         if self.is_connected_to_primary(volume) {

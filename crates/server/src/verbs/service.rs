@@ -139,7 +139,7 @@ impl Cluster {
             let Some(volume) = state.volumes.get(&id) else {
                 continue;
             };
-            let follows = volume.primary.is_some_and(|primary| {
+            let follows = volume.serving().is_some_and(|primary| {
                 volume.replicas.contains_key(&node)
                     && volume.protocol(primary, node) == Protocol::A
                     && !volume.in_sync.contains(&node)

@@ -271,7 +271,7 @@ fn check_force(
             "`relevo status` shows where its replicas are".to_owned(),
         );
     }
-    if let Some(primary) = volume.primary {
+    if let Some(primary) = volume.serving() {
         let primary = state.node_name(primary);
         let stop = match service_of(state, volume) {
             Some(service) => format!("`relevo service stop {service}`"),

@@ -88,7 +88,7 @@ impl Cluster {
         let what = format!("volume `{name}` was not removed");
         let state = self.state();
         let volume = find_volume(&state, name, &what)?;
-        if let Some(primary) = volume.primary
+        if let Some(primary) = volume.serving()
             && !state
                 .services
                 .values()
@@ -121,8 +121,8 @@ impl Cluster {
         let what = format!("this node was not made primary of volume `{name}`");
         let volume = self.manual(name, &what)?;
         let me = self.me();
-        if volume.primary != Some(me) {
-            if let Some(primary) = volume.primary {
+        if volume.serving() != Some(me) {
+            if let Some(primary) = volume.serving() {
                 let primary = self.state().node_name(primary);
                 return Err(ApiError::new(
                     ErrorKind::Refused,
@@ -172,7 +172,7 @@ impl Cluster {
         let done = Done {
             done: format!("This node is secondary of volume {name}."),
         };
-        if volume.primary != Some(me) {
+        if volume.serving() != Some(me) {
             return Ok(done);
         }
         self.end_export_by_hand(volume.id).await.map_err(|why| {
@@ -194,7 +194,7 @@ impl Cluster {
             )
         };
         self.await_state(WAIT, late, |state| match state.volumes.get(&volume.id) {
-            Some(volume) if volume.primary == Some(me) => Found::NotYet,
+            Some(volume) if volume.serving() == Some(me) => Found::NotYet,
             _ => Found::Yes(()),
         })
         .await?;

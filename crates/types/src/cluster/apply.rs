@@ -292,7 +292,7 @@ impl ClusterState {
             .values_mut()
             .filter(|volume| volume.primary == Some(id))
         {
-            volume.primary = None;
+            volume.resign();
             volume.drop_leavers();
             volume.epoch = volume.epoch.next();
             volume.version += 1;
@@ -360,6 +360,7 @@ impl ClusterState {
             lineages: vec![lineage],
             epoch: Epoch(0),
             primary: None,
+            tends: false,
             in_sync: BTreeSet::new(),
             replicas,
             options: VolumeOptions::default(),
@@ -454,7 +455,7 @@ impl ClusterState {
                 service: service.spec.name.clone(),
             });
         }
-        if let Some(primary) = volume.primary {
+        if let Some(primary) = volume.serving() {
             return Err(Rejection::HasPrimary { primary });
         }
         self.volumes.remove(&id);
@@ -468,7 +469,9 @@ impl ClusterState {
     }
 
     fn change_volume(&mut self, id: VolumeId, expect: Epoch, change: &VolumeChange) -> Applied {
-        if let VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } = change
+        if let VolumeChange::Promote { node }
+        | VolumeChange::PromoteUncertain { node }
+        | VolumeChange::Tend { node } = change
             && self.data_node(*node)?.lease.evicted
         {
             return Err(Rejection::Evicted { node: *node });
@@ -492,12 +495,8 @@ impl ClusterState {
         let epoch = volume.epoch.next();
         match change {
             VolumeChange::Promote { node } | VolumeChange::PromoteUncertain { node } => {
-                if let Some(primary) = volume.primary {
-                    return Err(Rejection::HasPrimary { primary });
-                }
-                if !volume.in_sync.contains(node) {
-                    return Err(Rejection::NotInSync { node: *node });
-                }
+                volume.check_vacant(*node)?;
+                volume.resign();
                 volume.primary = Some(*node);
                 // A member that was evicted can't answer the new primary's reconciliation: it
                 // leaves in the same step and is resynced when it returns. Unless the new primary
@@ -508,11 +507,19 @@ impl ClusterState {
                         .retain(|member| member == node || !evicted.contains(member));
                 }
             }
+            VolumeChange::Tend { node } => {
+                if let Some(primary) = volume.primary {
+                    return Err(Rejection::HasPrimary { primary });
+                }
+                volume.check_vacant(*node)?;
+                volume.primary = Some(*node);
+                volume.tends = true;
+            }
             VolumeChange::Demote { node } => {
                 if volume.primary != Some(*node) {
                     return Err(Rejection::NotPrimary { node: *node });
                 }
-                volume.primary = None;
+                volume.resign();
             }
             VolumeChange::Leave { nodes } => {
                 if volume.in_sync.iter().all(|member| nodes.contains(member)) {

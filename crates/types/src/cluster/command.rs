@@ -209,6 +209,12 @@ pub enum VolumeChange {
         /// The node.
         node: NodeId,
     },
+    /// An in-sync replica of a volume without a primary brings the others up to date, as a primary that takes
+    /// no request: until it is promoted itself, or another one is, or it steps down.
+    Tend {
+        /// The node.
+        node: NodeId,
+    },
     /// The primary steps down, with everything it acknowledged on every in-sync replica.
     Demote {
         /// The primary.

@@ -174,8 +174,12 @@ pub struct Volume {
     pub lineages: Vec<LineageId>,
     /// Number of the configuration below; 0 until every replica was created.
     pub epoch: Epoch,
-    /// The one node whose applications may use the volume.
+    /// The one node whose applications may use the volume, unless it only tends it.
     pub primary: Option<NodeId>,
+    /// The primary brings the other replicas up to date and takes no request. Whoever is promoted displaces
+    /// it: it acknowledged nothing and answered no read.
+    #[serde(default)]
+    pub tends: bool,
     /// The replicas that must have a write before it is acknowledged. Empty until every replica
     /// was created, never empty after.
     pub in_sync: BTreeSet<NodeId>,
@@ -330,6 +334,12 @@ impl Volume {
     #[must_use]
     pub fn is_created(&self) -> bool {
         self.epoch > Epoch(0)
+    }
+
+    /// The node whose applications use the volume: the primary, unless it only tends it.
+    #[must_use]
+    pub fn serving(&self) -> Option<NodeId> {
+        self.primary.filter(|_| !self.tends)
     }
 
     /// When an acknowledgement is due between the replicas of two nodes: what the administrator chose

@@ -18,6 +18,7 @@ const NONE: Budget = Budget {
     demotes: 0,
     forced: 0,
     losses: 0,
+    tends: 0,
 };
 
 /// About 100 bytes each with all that is kept of it.
@@ -30,6 +31,7 @@ const fn protocol(nodes: usize, blocks: usize, writes: u8, budget: Budget) -> Pr
         writes,
         budget,
         alone: false,
+        tended: false,
         follower: None,
         failing: 7,
         cut: 7,
@@ -135,6 +137,32 @@ fn two_nodes_and_a_planned_step_down() {
 }
 
 #[test]
+fn two_nodes_of_which_one_tends_the_volume() {
+    let budget = Budget {
+        breaks: 1,
+        demotes: 1,
+        tends: 1,
+        ..NONE
+    };
+    holds(
+        "2 nodes, step-down, tending and break",
+        protocol(2, 1, 2, budget),
+    );
+    let budget = Budget {
+        leases: 1,
+        tends: 1,
+        ..NONE
+    };
+    holds("2 nodes, lease and tending", protocol(2, 1, 2, budget));
+    let budget = Budget {
+        outages: 1,
+        tends: 1,
+        ..NONE
+    };
+    holds("2 nodes, outage and tending", protocol(2, 1, 2, budget));
+}
+
+#[test]
 fn two_nodes_and_forced_promotions() {
     let budget = Budget {
         breaks: 1,
@@ -156,6 +184,16 @@ fn three_nodes_whose_processes_end() {
     holds("3 nodes, crash", protocol(3, 1, 1, budget));
     let budget = Budget { outages: 1, ..NONE };
     holds("3 nodes, outage", protocol(3, 1, 1, budget));
+}
+
+#[test]
+fn three_nodes_of_which_one_tends_the_volume() {
+    let budget = Budget { breaks: 1, ..NONE };
+    let tended = Protocol {
+        tended: true,
+        ..protocol(3, 1, 1, budget)
+    };
+    holds("3 nodes, tended, and break", tended);
 }
 
 #[test]
@@ -293,6 +331,7 @@ fn bounds(bug: Bug) -> Protocol {
                 ..NONE
             },
         ),
+        Bug::TenderTakesRequests => protocol(2, 1, 2, Budget { tends: 1, ..lease }),
         Bug::GenerationDroppedEarly => with_follower(1, lease),
         Bug::TailNotMarked | Bug::NoDirtyFor => lost,
         Bug::NoDirtyMap => Protocol {

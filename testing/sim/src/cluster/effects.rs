@@ -418,6 +418,7 @@ impl Cluster {
                 process.lower_epoch.opened(epoch);
                 self.opened(node, epoch)?;
             }
+            VolumeEvent::Tends { .. } => self.holes_are_known(node),
             VolumeEvent::Closed { .. } => process.open = None,
             VolumeEvent::SplitBrain { .. } => self.marks.reached("split brain was seen"),
             VolumeEvent::GaveWay { .. } => self.marks.reached("a history gave way"),
@@ -490,12 +491,16 @@ impl Cluster {
         }
         self.last_open = Some(node);
         self.severed.remove(&node);
-        // What this node has is the truth from now on, with the holes that a power loss left.
+        self.holes_are_known(node);
+        self.ambush(node);
+        Ok(())
+    }
+
+    /// What this node has is the truth from now on, with the holes that a power loss left.
+    fn holes_are_known(&mut self, node: Index) {
         if let Some(lost) = self.machines[node].lost_power.take() {
             self.history.cut(lost);
         }
-        self.ambush(node);
-        Ok(())
     }
 
     /// Whether a node's replica is of protocol B towards any other.

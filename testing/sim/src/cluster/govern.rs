@@ -132,6 +132,7 @@ impl Cluster {
                         self.ambush(index_of(node));
                     }
                 }
+                VolumeChange::Tend { .. } => self.marks.reached("commit: tend"),
                 VolumeChange::Demote { .. } => self.marks.reached("commit: demote"),
                 VolumeChange::Promote { node } => {
                     self.promoted(index_of(*node));
@@ -189,6 +190,7 @@ impl Cluster {
             self.at_point(Point::Move, moved, index_of(node));
         }
         let volume = self.control.volume();
+        let tended = volume.tends;
         let of_a = |primary| volume.protocol(primary, node) == Protocol::A;
         let before = self.control.snapshot(self.control.newest_number() - 1);
         let replaces = before.volumes[&VOLUME].replicas[&node].replaces.is_some();
@@ -199,6 +201,10 @@ impl Cluster {
         let machine = &mut self.machines[index_of(node)];
         self.marks.reached("commit: join");
         self.marks.reached("resync: ended with a join");
+        if tended {
+            self.marks
+                .reached("resync: ended while nobody used the volume");
+        }
         // All it was sent was on stable storage at the barrier, and is still, if it had power since.
         if machine
             .lost_power
@@ -392,7 +398,7 @@ impl Cluster {
         let Some(process) = &machine.process else {
             return;
         };
-        let able = volume.primary.is_none()
+        let able = volume.serving().is_none()
             && volume.in_sync.contains(&id)
             && process.attached
             && !process.disk_failed
@@ -404,6 +410,20 @@ impl Cluster {
         let wanted = self.target.is_none_or(|target| target == id);
         let patience = if wanted { 60.0 } else { percent_each(MODESTY) };
         let expect = volume.epoch;
+        // Nobody uses it for a while: then who is in sync brings the others up to date.
+        if volume.primary.is_none() && self.chance.node.chance(self.scenario.tends) {
+            self.propose(
+                node,
+                volume_command(expect, VolumeChange::Tend { node: id }),
+            );
+            return;
+        }
+        // And is displaced, but not at once.
+        let patience = if volume.tends {
+            patience / 4.0
+        } else {
+            patience
+        };
         if self.chance.node.chance(patience) {
             self.propose(node, volume_command(expect, self.promotion_of(node)));
         }
@@ -414,7 +434,7 @@ impl Cluster {
     fn nominate(&mut self, node: Index) {
         let state = Arc::clone(&self.machines[node].known.1);
         let volume = &state.volumes[&VOLUME];
-        if volume.primary.is_some() || !self.chance.node.chance(10.0) {
+        if volume.serving().is_some() || !self.chance.node.chance(10.0) {
             return;
         }
         let members: Vec<NodeId> = volume

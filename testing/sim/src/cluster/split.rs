@@ -119,6 +119,7 @@ impl Cluster {
         let policy = self.choose_policy(old, forced);
         // Nothing else happens: what each side has must be known.
         self.scenario.ambush = 0.0;
+        self.scenario.tends = 0.0;
         self.scenario.faults.clear();
         self.second.off = true;
         self.end_waits();

@@ -40,6 +40,16 @@ fn caught(bug: PlantedBug) {
             scenario.faults = vec![(Fault::CutPair, 1), (Fault::CutOneWay, 1)];
         }
         scenario.rot |= bug == PlantedBug::RepairForgotten;
+        if bug == PlantedBug::TenderTakesRequests {
+            // Displaced without having heard of it, and the application is still there.
+            scenario.tends = 60.0;
+            scenario.faults = vec![
+                (Fault::Switchover, 1),
+                (Fault::CutPair, 1),
+                (Fault::LogAway, 1),
+            ];
+            scenario.rot = false;
+        }
         if bug == PlantedBug::ReceiptSettles {
             // A replica that received and had not written dies, again and again.
             scenario.protocols = [Protocol::B; REPLICAS_MAX];
@@ -169,4 +179,9 @@ fn overwriting_a_history_that_nobody_gave_up_is_caught() {
 #[test]
 fn overwriting_before_it_was_saved_is_caught() {
     caught(PlantedBug::OverwriteWithoutSaving);
+}
+
+#[test]
+fn one_that_only_tends_and_takes_requests_is_caught() {
+    caught(PlantedBug::TenderTakesRequests);
 }

@@ -129,3 +129,26 @@ fn a_person_waits_until_all_are_in_sync() {
         assert!(in_sync.contains(&victim), "{in_sync}");
     });
 }
+
+/// Nobody uses the volume, a replica comes back that missed something: it need not wait for the next user.
+#[test]
+fn a_replica_is_resynced_while_nobody_uses_the_volume() {
+    let plan = trio("a_replica_is_resynced_while_nobody_uses_the_volume");
+    Stage::play(&plan, |stage, _| {
+        let primary = stage.primary();
+        let victim = stage.secondary();
+        stage.kill(&victim);
+        stage.expect_out_of_sync(&victim);
+        stage.expect_progress();
+        stage.say(&primary, &["service", "stop", "mail"]);
+        assert_eq!(stage.say(&primary, &["role", "mail"]), "Secondary\n");
+        stage.start(&victim);
+        stage.expect_whole();
+        assert_eq!(stage.volume()["primary"], serde_json::Value::Null);
+        assert_eq!(stage.say(&primary, &["role", "mail"]), "Secondary\n");
+        // And it is over then.
+        stage.expect_answer(&primary, &["status"], "no primary, in sync");
+        stage.start_service();
+        stage.expect_progress();
+    });
+}

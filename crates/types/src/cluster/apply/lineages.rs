@@ -15,7 +15,7 @@ impl Volume {
         lineage: LineageId,
         others_give_way: bool,
     ) -> Result<(), Rejection> {
-        if let Some(primary) = self.primary {
+        if let Some(primary) = self.serving() {
             return Err(Rejection::HasPrimary { primary });
         }
         if self.in_sync.contains(&node) {
@@ -25,6 +25,7 @@ impl Volume {
         if self.lineages.contains(&lineage) {
             return Err(Rejection::OldLineage { lineage });
         }
+        self.resign();
         self.put_in_force(node, lineage);
         for (at, replica) in &mut self.replicas {
             replica.gives_way = others_give_way && *at != node;
@@ -41,7 +42,7 @@ impl Volume {
             return Err(Rejection::AlreadyInSync { node: to });
         }
         self.check_usable(to)?;
-        self.primary = None;
+        self.resign();
         let lineage = self.new_lineage();
         // Who gave way, and whoever was in sync with it, does not come back, or a policy by which the newest
         // history gives way would never come to an end. The others are judged when they are met: nobody decided

@@ -58,16 +58,22 @@ impl ClusterState {
         if !volume.is_created() {
             return Err(Rejection::NotCreated);
         }
+        let serving = volume.serving();
         let Some(replica) = volume.replicas.get_mut(&node) else {
             return Err(Rejection::NoReplica { node });
         };
-        if volume.primary == Some(node) {
+        if serving == Some(node) {
             return Err(Rejection::ReplicaOfPrimary { node });
         }
         if volume.in_sync.iter().all(|member| *member == node) {
             return Err(Rejection::OnlyGoodReplica { node });
         }
         replica.leaving = true;
+        if volume.primary == Some(node) {
+            // It only tends: another one may, and let it leave.
+            volume.resign();
+            volume.epoch = volume.epoch.next();
+        }
         if !volume.in_sync.contains(&node) {
             volume.drop_leavers();
             volume.epoch = volume.epoch.next();
@@ -78,6 +84,23 @@ impl ClusterState {
 }
 
 impl Volume {
+    /// The primary's reign is over.
+    pub(super) fn resign(&mut self) {
+        self.primary = None;
+        self.tends = false;
+    }
+
+    /// Whether a replica can become primary, as far as the state knows.
+    pub(super) fn check_vacant(&self, node: NodeId) -> Result<(), Rejection> {
+        if let Some(primary) = self.serving() {
+            return Err(Rejection::HasPrimary { primary });
+        }
+        if !self.in_sync.contains(&node) {
+            return Err(Rejection::NotInSync { node });
+        }
+        Ok(())
+    }
+
     /// Begins its search elsewhere each time, so that a slot that was just given up, of which messages
     /// may be on their way, usually rests for a while.
     fn free_slot(&self) -> Option<ReplicaSlot> {
@@ -218,5 +241,37 @@ mod tests {
         assert!(!volume.replicas.contains_key(&A));
         assert!(!volume.in_sync.contains(&A));
         assert_eq!(volume.replicas[&D].replaces, None);
+    }
+
+    #[test]
+    fn who_only_tends_is_displaced_and_keeps_nobody_from_going() {
+        let mut state = with_three_data_nodes(D);
+        change(&mut state, VolumeChange::Tend { node: A });
+        let volume = &state.volumes[&V];
+        assert_eq!((volume.primary, volume.serving()), (Some(A), None));
+        let again = Command::Volume {
+            volume: V,
+            expect: volume.epoch,
+            change: VolumeChange::Tend { node: B },
+        };
+        assert_eq!(
+            state.apply(&again),
+            Err(Rejection::HasPrimary { primary: A })
+        );
+        change(&mut state, VolumeChange::Promote { node: B });
+        let volume = &state.volumes[&V];
+        assert_eq!(volume.serving(), Some(B));
+        change(&mut state, VolumeChange::Demote { node: B });
+        change(&mut state, VolumeChange::Tend { node: A });
+        change(&mut state, VolumeChange::Promote { node: A });
+        assert_eq!(state.volumes[&V].serving(), Some(A));
+        change(&mut state, VolumeChange::Demote { node: A });
+        change(&mut state, VolumeChange::Tend { node: A });
+        state
+            .apply(&Command::RemoveReplica { volume: V, node: A })
+            .unwrap();
+        let volume = &state.volumes[&V];
+        assert_eq!((volume.primary, volume.tends), (None, false));
+        assert!(volume.replicas[&A].leaving && volume.in_sync.contains(&A));
     }
 }
