@@ -6,10 +6,10 @@ use std::{
 };
 
 use relevo_types::{
-    BlockRange, Epoch, NodeId, Time,
+    BlockRange, Epoch, LineageId, NodeId, Time,
     cluster::{Volume, options::OnNoData},
 };
-use relevo_wire::{Message, Refusal};
+use relevo_wire::{Body, Message, Refusal};
 
 use crate::{
     attach::{Attach, Loaded},
@@ -366,6 +366,25 @@ impl Engine {
         let jobs = machine.jobs.table.values();
         let received = jobs.filter(|job| matches!(job.owner, crate::jobs::Owner::PeerWrite(..)));
         received.map(|job| job.blocks).collect()
+    }
+
+    /// What waits here for its turn on the disk, for tests: whatever overlaps comes before it or after it.
+    #[must_use]
+    pub fn queued_writes(&self) -> Vec<(BlockRange, Body)> {
+        let State::Ready(machine) = &self.state else {
+            return Vec::new();
+        };
+        let jobs = machine.jobs.table.values();
+        jobs.filter_map(crate::jobs::Job::queued).collect()
+    }
+
+    /// The history that the replica belongs to, for tests; `None` while its metadata is not read.
+    #[must_use]
+    pub fn lineage(&self) -> Option<LineageId> {
+        match &self.state {
+            State::Ready(machine) => Some(machine.lineage()),
+            _ => None,
+        }
     }
 
     /// Checks the rules of DESIGN section 3 that one engine can check by itself.

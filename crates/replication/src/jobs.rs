@@ -122,6 +122,11 @@ impl Job {
         self.stage = Stage::Remote;
     }
 
+    /// What it writes, while the disk was not given it.
+    pub(crate) fn queued(&self) -> Option<(BlockRange, Body)> {
+        Some((self.blocks, self.body.clone()?))
+    }
+
     fn is_from_peer(&self) -> bool {
         matches!(self.owner, Owner::PeerWrite(..) | Owner::PeerSync(..))
     }

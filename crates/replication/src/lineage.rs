@@ -145,7 +145,7 @@ struct Saving {
 }
 
 impl Machine {
-    fn lineage(&self) -> LineageId {
+    pub(crate) fn lineage(&self) -> LineageId {
         self.meta.superblock.replica.lineage
     }
 

@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use relevo_replication::{DiskError, DiskOp, DiskOpKind, DiskReply, OpId};
-use relevo_types::ByteRange;
+use relevo_types::{BLOCK_SIZE, BlockRange, ByteRange};
 
 use crate::{rng::Rng, stamp::SECTOR};
 
@@ -272,6 +272,16 @@ impl Disk {
     #[must_use]
     pub fn block(&self, block: u64) -> Option<&Bytes> {
         self.view.0.get(&block)
+    }
+
+    /// The writes under way that touch blocks below `end`: where, and the bytes (`None`: zeroes).
+    pub fn under_way_below(&self, end: u64) -> impl Iterator<Item = (BlockRange, Option<Bytes>)> {
+        let changes = self.in_flight.values().filter_map(|it| change(&it.kind));
+        let blocks =
+            |change: &Change| BlockRange::new(change.offset / BLOCK_SIZE, change.len / BLOCK_SIZE);
+        changes
+            .map(move |change| (blocks(&change), change.data))
+            .filter(move |(blocks, _)| blocks.first < end)
     }
 
     /// What a power loss leaves of a block for certain; `None`: zeroes.

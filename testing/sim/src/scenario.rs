@@ -392,8 +392,6 @@ impl Scenario {
         scenario.faults.push((Fault::MoveService, 3));
         Self {
             managed: true,
-            // Not yet: seed 432 read what was long gone when two histories were forced one after the other.
-            split: false,
             // Not yet: seed 891 did not repair what was found.
             kill_finder: false,
             // Not yet A: seed 702 left marks for a member.

@@ -10,7 +10,7 @@ use relevo_replication::{
     DiskState, Input, PeerState, SaveId, SavePart, Side, Verdict, VolumeEvent, judge,
 };
 use relevo_types::{
-    LineageId, NodeId,
+    BlockRange, LineageId, NodeId,
     cluster::{AfterSplitBrain, VolumeChange},
 };
 
@@ -358,4 +358,52 @@ fn the_policies_judge() {
         with(Discard(B), &ours, &mix),
         Verdict::StandAlone(_)
     ));
+}
+
+#[test]
+fn a_replica_that_is_forced_in_the_middle_of_a_resync_has_what_it_was_given_until_then() {
+    let mut world = forked(&[2, 5, 6]);
+    meet(&mut world);
+    let epoch = world.volume().epoch;
+    world.change(epoch, VolumeChange::KeepInForce);
+    // A gives way; its disk is slow with block 5 of B's history, which it lacks.
+    let block = 5;
+    let data = |op: &relevo_replication::DiskOp| {
+        matches!(&op.kind, relevo_replication::DiskOpKind::Write { offset, data }
+            if *offset <= block * 4096 && *offset + data.len() as u64 > block * 4096)
+    };
+    world.run();
+    world.connect_all();
+    let slow = loop {
+        assert!(world.step(), "the resync does not begin");
+        if let Some(at) = world.node(A).ops.iter().position(data) {
+            break world.node(A).ops.remove(at);
+        }
+    };
+    world.crash(B, false);
+    world.evict(B);
+    let epoch = world.volume().epoch;
+    let change = VolumeChange::Force {
+        node: A,
+        lineage: LineageId(2000),
+        others_give_way: true,
+    };
+    world.change(epoch, change);
+    world.promote(A);
+    world.pass_ms(3000);
+    world.lease(A, Duration::from_secs(1000));
+    assert!(world.status(A).open, "{:?}", world.status(A));
+    let lineage = |world: &World| world.nodes[&A].engine.as_ref().unwrap().lineage();
+    assert_eq!(lineage(&world), Some(LineageId(2000)));
+    // What it was given is neither taken back nor done after what comes later.
+    let range = BlockRange::new(block, 1).bytes();
+    let read = world.read(A, range);
+    let write = world.write(A, block, 1, 0xcc);
+    world.run();
+    assert!(!world.is_answered(read) && !world.is_answered(write));
+    world.node(A).ops.push(slow);
+    world.run();
+    assert_eq!(world.replies[&read].as_ref().unwrap()[0], 0xbb);
+    assert!(world.is_acked(write));
+    assert_eq!(world.block(A, block)[0], 0xcc);
 }

@@ -321,22 +321,23 @@ impl History {
     }
 
     /// Another history is in force (rule 9): what its replica has is the truth from now on, and no write
-    /// under way elsewhere counts. `content` gives the writes of a block's sectors on that replica.
-    pub fn restart(&mut self, content: impl Fn(u64) -> [WriteNo; SECTORS_PER_BLOCK]) {
+    /// under way elsewhere counts. `contents` gives the writes of a block's sectors on that replica, and
+    /// those that writes under way there may make of it: one of them is the truth.
+    pub fn restart(&mut self, contents: impl Fn(u64) -> Vec<[WriteNo; SECTORS_PER_BLOCK]>) {
         let cut = self.tick();
         self.last_cut = cut;
         for write in &mut self.writes {
             write.flushed = false;
         }
         for (block, entry) in &mut self.blocks {
-            let content = content(*block);
             entry.clusters.clear();
             entry.zero = WriteNo::ZERO;
             entry.unknown = u8::MAX;
             entry.cut = cut;
-            for (sector, write) in content.into_iter().enumerate() {
-                let index = entry.position(write).unwrap_or_else(|| {
-                    entry.clusters.push(Cluster::new(write, cut));
+            for (number, write) in contents(*block).as_flattened().iter().enumerate() {
+                let sector = number % SECTORS_PER_BLOCK;
+                let index = entry.position(*write).unwrap_or_else(|| {
+                    entry.clusters.push(Cluster::new(*write, cut));
                     entry.clusters.len() - 1
                 });
                 entry.clusters[index].candidate |= bit(sector);
@@ -613,6 +614,28 @@ mod tests {
         history.write_acked(three, false).unwrap();
         assert!(read(&mut history, three).is_ok());
         assert!(read(&mut history, one).is_err(), "overwritten since");
+    }
+
+    #[test]
+    fn a_new_history_has_what_its_replica_had_or_was_writing() {
+        let made = |contents: &[WriteNo]| {
+            let mut history = History::default();
+            let one = history.begin_write(BLOCK, false);
+            history.write_acked(one, true).unwrap();
+            let two = history.begin_write(BLOCK, false);
+            history.write_acked(two, true).unwrap();
+            let contents: Vec<_> = contents.iter().map(|it| [*it; SECTORS_PER_BLOCK]).collect();
+            history.restart(|_| contents.clone());
+            history
+        };
+        let (zero, one, two) = (WriteNo::ZERO, WriteNo(1), WriteNo(2));
+        let mut history = made(&[one]);
+        assert!(read(&mut history, two).is_err(), "of the other history");
+        assert!(read(&mut history, one).is_ok());
+        let mut history = made(&[one, two]);
+        assert!(read(&mut history, zero).is_err(), "nobody was writing it");
+        assert!(read(&mut history, two).is_ok());
+        assert!(read(&mut history, one).is_err(), "flip-flop");
     }
 
     #[test]

@@ -79,6 +79,7 @@ impl Cluster {
                 Event::Tick { node, incarnation },
             );
         }
+        self.look_at_heir(node);
         self.carry_out(node, incarnation, effects)?;
         self.tell_of_engine(node, None);
         Ok(())
@@ -475,6 +476,7 @@ impl Cluster {
     fn opened(&mut self, node: Index, epoch: relevo_types::Epoch) -> Verdict {
         let at = self.history.tick();
         self.one_writer.opened(self.machines[node].id, epoch, at)?;
+        self.heir_opened(node, epoch)?;
         if self.last_open.is_some_and(|last| last != node) {
             self.marks
                 .reached("failover: another node opened than before");

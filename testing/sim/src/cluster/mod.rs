@@ -203,6 +203,8 @@ pub struct Cluster {
     severed: BTreeSet<Index>,
     /// Whose history was in force and gave way, by itself or by a policy.
     went_back: BTreeSet<Index>,
+    /// Whose replica was made the volume and did not open since.
+    heir: Option<split::Heir>,
     /// Who shall be primary, by the operator's last wish.
     target: Option<NodeId>,
     /// A part or a disk failed: a person has to say `service start` after the repair. Layer 2.
@@ -330,6 +332,7 @@ impl Cluster {
             second: second::Second::new(seed),
             severed: BTreeSet::new(),
             went_back: BTreeSet::new(),
+            heir: None,
             target: None,
             person_needed: false,
             last_disk: None,

@@ -8,9 +8,11 @@ use std::{
 use bytes::Bytes;
 use relevo_replication::{Input, SaveId, SavePart};
 use relevo_types::{
-    LineageId, ServiceId,
+    Epoch, LineageId, ServiceId,
     cluster::{AfterSplitBrain, Command, VolumeChange, VolumeOptions},
 };
+
+use relevo_wire::Body;
 
 use super::{Cluster, Crash, Event, Phase, index_of, node_id, verify::HEAL_WITHIN};
 use crate::{
@@ -29,6 +31,9 @@ const RULE: &str = "divergence is seen and never merged in silence (rule 9)";
 /// Blocks that were ever written, with their bytes.
 type Content = BTreeMap<u64, Bytes>;
 
+/// Bytes of a block.
+const BLOCK: usize = 4096;
+
 /// A fork.
 #[derive(Debug)]
 struct Scene {
@@ -46,6 +51,16 @@ struct Scene {
     loser: Option<(Index, Content)>,
 }
 
+/// Whose replica was made the volume and did not open since.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Heir {
+    node: Index,
+    /// By the change that led to this epoch.
+    epoch: Epoch,
+    /// It began the new history.
+    began: bool,
+}
+
 impl Cluster {
     /// A replica that gives way has something kept.
     pub(super) fn save(&mut self, node: Index, id: SaveId, part: SavePart) -> Verdict {
@@ -57,8 +72,8 @@ impl Cluster {
             }
             SavePart::Blocks { blocks, data } => {
                 if let Some((_, saving)) = machine.saving.as_mut().filter(|(of, _)| *of == id) {
-                    for (block, at) in blocks.iter().zip((0..data.len()).step_by(4096)) {
-                        saving.insert(block, data.slice(at..at + 4096));
+                    for (block, at) in blocks.iter().zip((0..data.len()).step_by(BLOCK)) {
+                        saving.insert(block, data.slice(at..at + BLOCK));
                     }
                 }
             }
@@ -83,20 +98,91 @@ impl Cluster {
     pub(super) fn went_back(&mut self, from: Index, to: Index) {
         self.marks.reached("a policy decided");
         self.went_back.insert(from);
-        self.truth_is_on(to);
+        self.inherits(to);
         self.severed.insert(from);
     }
 
+    /// A replica was made the volume. What it has when it begins the new history is the truth, not what it had at
+    /// the commit:
+    ///
+    /// * until it hears of the commit it may be the target of an earlier primary's resync, and rightly writes what
+    ///   comes. Nothing that was promised is lost by that: the volume has no primary whose clients count any more
+    ///   from the commit on until this replica opens, and the new history promises what it reads then;
+    /// * when it begins the history it closes all links. So what its disk has under way then and what it was given
+    ///   before is all that can change it yet, each piece once, whole or (by a crash) by sectors. Each sector is
+    ///   what it was or one of these. Whatever else is read there later came from another history: a violation;
+    /// * if it crashes before the new history is durable it returns as of the old one, and begins once more.
+    fn inherits(&mut self, node: Index) {
+        self.truth_is_on(node);
+        self.heir = Some(Heir {
+            node,
+            epoch: self.control.volume().epoch,
+            began: false,
+        });
+    }
+
+    /// Looks whether the replica that was made the volume begins its history.
+    pub(super) fn look_at_heir(&mut self, node: Index) {
+        let Some(heir) = self.heir.filter(|heir| heir.node == node) else {
+            return;
+        };
+        let Some(lineage) = self.engine(node).and_then(|engine| engine.lineage()) else {
+            return;
+        };
+        let began = lineage == self.control.volume().lineage;
+        if began && !heir.began {
+            self.truth_is_on(node);
+        }
+        self.heir = Some(Heir { began, ..heir });
+    }
+
+    /// A node opened: if it was the heir it has what it inherited.
+    pub(super) fn heir_opened(&mut self, node: Index, epoch: Epoch) -> Verdict {
+        let heir = self
+            .heir
+            .take_if(|heir| heir.node == node && heir.epoch < epoch);
+        if heir.is_some_and(|heir| !heir.began) {
+            let what = format!(
+                "n{} opened at {epoch} without beginning the history that it was forced to begin",
+                node + 1
+            );
+            return Err(Violation::new(RULE, what));
+        }
+        Ok(())
+    }
+
+    /// What a replica has, or what it was given may yet make of it, is the truth.
     fn truth_is_on(&mut self, node: Index) {
         let disk = &self.machines[node].disk;
-        let content = |block| {
-            let bytes = disk.block(block);
+        let end = self.scenario.blocks;
+        let under_way = disk.under_way_below(end);
+        let queued = self
+            .engine(node)
+            .map_or_else(Vec::new, relevo_replication::Engine::queued_writes);
+        let queued = queued.into_iter().map(|(blocks, body)| match body {
+            Body::Data(data) => (blocks, Some(data)),
+            Body::Zeroes => (blocks, None),
+        });
+        let mut coming: BTreeMap<u64, Vec<Option<Bytes>>> = BTreeMap::new();
+        for (blocks, data) in under_way.chain(queued) {
+            for (block, at) in blocks.iter().zip((0..).step_by(BLOCK)) {
+                let bytes = data.as_ref().map(|data| data.slice(at..at + BLOCK));
+                coming.entry(block).or_default().push(bytes);
+            }
+        }
+        let writes = |block, bytes: Option<&Bytes>| {
             // What is no content of ours is found by the reads.
             bytes
                 .and_then(|bytes| read_block(block, bytes).ok())
                 .unwrap_or([WriteNo::ZERO; SECTORS_PER_BLOCK])
         };
-        self.history.restart(content);
+        self.history.restart(|block| {
+            let coming = coming.get(&block).into_iter().flatten();
+            let all = [disk.block(block)]
+                .into_iter()
+                .chain(coming.map(Option::as_ref));
+            all.map(|bytes| writes(block, bytes)).collect()
+        });
     }
 
     fn content(&self, node: Index) -> Content {
@@ -228,10 +314,12 @@ impl Cluster {
             others_give_way,
         };
         let expect = self.control.volume().epoch;
-        self.truth_is_on(node);
         self.commit_now(node, &volume_command(expect, change))
-            .map(drop)
-            .map_err(|rejection| Violation::new(RULE, format!("forcing was rejected: {rejection}")))
+            .map_err(|rejection| {
+                Violation::new(RULE, format!("forcing was rejected: {rejection}"))
+            })?;
+        self.inherits(node);
+        Ok(())
     }
 
     /// Until all are in sync, by themselves or by a decision.

@@ -8,6 +8,11 @@ const SEEDS: u64 = 10_000;
 /// The same with the real managers, of what they must have met.
 const MANAGED_FOR_COVERAGE: u64 = 400;
 const MANAGED_MARKS: &[&str] = &[
+    "commit: force",
+    "split brain was seen",
+    "split brain was decided for the history in force",
+    "split brain was decided for the other history",
+    "a history gave way",
     "second fault at: promotion, before it opens",
     "second fault at: the end of a resync, before the join",
     "second fault: the control log was out of reach",
