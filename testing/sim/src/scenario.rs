@@ -392,8 +392,6 @@ impl Scenario {
         scenario.faults.push((Fault::MoveService, 3));
         Self {
             managed: true,
-            // Not yet: seed 891 did not repair what was found.
-            kill_finder: false,
             // Not yet A: seed 702 left marks for a member.
             protocols: scenario.protocols.map(|own| own.max(Protocol::B)),
             witness: scenario.data_nodes == 2 || scenario.witness,

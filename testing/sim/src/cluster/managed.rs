@@ -433,7 +433,10 @@ impl Cluster {
 
     /// The operator repaired what only a person can: says `service start`, by way of the leader.
     pub(super) fn repair(&mut self) {
-        if !self.scenario.managed || !self.person_needed || self.phase != Phase::Healing {
+        // Who lets replicas be compared looks after the service, too: if its node is lost meanwhile, no other one may be left
+        // than such as it failed on before, and those wait for a person (docs/failures.md).
+        let looks = self.phase == Phase::Healing || self.rotten.is_some();
+        if !self.scenario.managed || !self.person_needed || !looks {
             return;
         }
         let Some(leader) = self.leader.filter(|leader| self.reaches_majority(*leader)) else {
