@@ -392,8 +392,6 @@ impl Scenario {
         scenario.faults.push((Fault::MoveService, 3));
         Self {
             managed: true,
-            // Not yet A: seed 702 left marks for a member.
-            protocols: scenario.protocols.map(|own| own.max(Protocol::B)),
             witness: scenario.data_nodes == 2 || scenario.witness,
             ..scenario
         }

@@ -166,14 +166,17 @@ impl Cluster {
             cluster.load.is_idle()
         })?;
         self.wait_for(until, "silence comes", Self::is_silent_and_whole)?;
+        // Of protocol A: members forget what they marked, one generation after the other. All at one moment, and whoever is
+        // primary then answers for it: a service that was asked elsewhere before may go there only now, its new primary
+        // begins all this again, and what an old one has marked is right. No mark is forgiven by that: they must be gone in
+        // the same time, and at that moment everybody is in sync or follows, and nothing is under way.
+        let until = self.queue.now() + SETTLE_WITHIN;
+        self.wait_for(until, "members know what followers have", |cluster| {
+            cluster.is_silent_and_whole() && cluster.undrained().is_none()
+        })?;
         let Some(primary) = self.open_primary() else {
             return Err(Violation::new(HEALS, "no primary after settling"));
         };
-        // Of protocol A: members forget what they marked, one generation after the other.
-        let until = self.queue.now() + SETTLE_WITHIN;
-        self.wait_for(until, "members know what followers have", |cluster| {
-            cluster.undrained().is_none()
-        })?;
         let blocks = self.scenario.blocks;
         for node in 0..self.scenario.data_nodes {
             let one = (node_id(primary), &self.machines[primary].disk);

@@ -14,6 +14,7 @@ const MANAGED_MARKS: &[&str] = &[
     "split brain was decided for the other history",
     "a history gave way",
     "who found what a disk altered was lost before it was repaired",
+    "protocol A: switchover to such a replica",
     "second fault at: promotion, before it opens",
     "second fault at: the end of a resync, before the join",
     "second fault: the control log was out of reach",
