@@ -387,6 +387,12 @@ impl Engine {
         }
     }
 
+    /// Whether the replica calls itself a mix of old and new, for tests.
+    #[must_use]
+    pub fn is_mix(&self) -> bool {
+        matches!(&self.state, State::Ready(machine) if machine.meta.superblock.inconsistent)
+    }
+
     /// Checks the rules of DESIGN section 3 that one engine can check by itself.
     ///
     /// # Errors

@@ -488,6 +488,12 @@ impl Machine {
     /// Nothing that only this replica has can be lost any more: it takes the primary's history.
     fn gave_way(&mut self, cx: &mut Cx<'_>, saving: &Saving) {
         let peer = saving.reply.peer;
+        // They were greeted with the history that is given up: who judges by that greeting judges wrong, or never.
+        let others = self.links.keys().copied().filter(|other| *other != peer);
+        for other in others.collect::<Vec<_>>() {
+            let reason = "this replica takes another history of the volume".to_owned();
+            self.close_link(cx, other, reason);
+        }
         let own = self.meta.own_slot();
         for blocks in self.own_changes().runs(u64::MAX).collect::<Vec<_>>() {
             self.meta.bitmaps.set(own, blocks);

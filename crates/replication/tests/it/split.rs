@@ -407,3 +407,49 @@ fn a_replica_that_is_forced_in_the_middle_of_a_resync_has_what_it_was_given_unti
     assert!(world.is_acked(write));
     assert_eq!(world.block(A, block)[0], 0xcc);
 }
+
+#[test]
+fn who_took_another_history_judges_those_it_was_linked_with_before() {
+    let mut world = World::opened(3, 64, B);
+    world.write(B, 0, 1, 0x10);
+    world.pass_ms(500);
+    let apart = |world: &mut World, from: &[NodeId]| {
+        for node in from {
+            world.cut(A, *node);
+            world.silence(A, *node);
+            world.silence(*node, A);
+        }
+    };
+    apart(&mut world, &[B, C]);
+    world.pass_ms(3000);
+    assert!(!world.volume().in_sync.contains(&A));
+    world.write(B, 1, 2, 0xbb);
+    world.pass_ms(500);
+    world.evict(B);
+    force(&mut world, A, 1000, false);
+    world.promote(A);
+    world.run();
+    world.lease(A, Duration::from_secs(1000));
+    world.write(A, 5, 1, 0xaa);
+    world.run();
+    // B and C shall give way. C hears nothing of A yet, but is linked with B all the time.
+    let epoch = world.volume().epoch;
+    world.change(epoch, VolumeChange::KeepInForce);
+    world.run();
+    world.end_silence();
+    apart(&mut world, &[C]);
+    world.connect(A, B);
+    world.pass_ms(3000);
+    assert!(world.volume().in_sync.contains(&B), "{:?}", world.status(B));
+    world.connect(B, C);
+    world.crash(A, false);
+    world.evict(A);
+    world.promote(B);
+    world.pass_ms(3000);
+    world.lease(B, Duration::from_secs(1000));
+    world.connect(B, C);
+    world.pass_ms(3000);
+    assert!(world.volume().in_sync.contains(&C), "{:?}", world.status(B));
+    assert!(world.same(B, C) && world.block(C, 5)[0] == 0xaa);
+    assert_eq!(world.kept(C), [1, 2]);
+}

@@ -305,6 +305,15 @@ impl Cluster {
                 marks.extend(other.map_or_else(Vec::new, |it| it.dirty_blocks(node)));
             }
         }
+        // A mix of another history: its primary gave way before it was whole, and what that one alone had wrote is marked
+        // there. But it takes the history in force only by giving way itself or by being forced, and both make each block
+        // of a mix uncertain in the same durable step (`doubt_a_mix` of the engine). Until then nobody copies to it.
+        let another = |engine: &relevo_replication::Engine| {
+            engine.is_mix() && engine.lineage() != Some(self.control.volume().lineage)
+        };
+        if self.engine(target).is_some_and(another) {
+            return Ok(());
+        }
         let attached = self.machines[target]
             .process
             .as_ref()
