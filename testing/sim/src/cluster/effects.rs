@@ -477,6 +477,13 @@ impl Cluster {
         let at = self.history.tick();
         self.one_writer.opened(self.machines[node].id, epoch, at)?;
         self.heir_opened(node, epoch)?;
+        let volume = self.machines[node].known_volume();
+        if volume.epoch == epoch && volume.tends {
+            return Err(Violation::new(
+                "who only tends a volume takes no requests: it is displaced without a proof (rules 1, 8)",
+                format!("n{} opened at {epoch}, at which it only tends", node + 1),
+            ));
+        }
         if self.last_open.is_some_and(|last| last != node) {
             self.marks
                 .reached("failover: another node opened than before");
