@@ -111,6 +111,18 @@ impl Machine {
                 "verification runs where the volume is primary".to_owned()
             });
         };
+        // The repair would stop this one half-way, and half of it would be recorded in place of the whole, and of
+        // the decision to repair.
+        if self.verification.untold.contains_key(&peer) {
+            return Err(format!(
+                "what an earlier verification of {peer} came to is not in the control log yet, which takes a majority of the voters; verify again then"
+            ));
+        }
+        if self.is_to_be_repaired(peer) {
+            return Err(format!(
+                "what an earlier verification of {peer} found is being repaired; verify again when that is over"
+            ));
+        }
         let verify = Verify {
             repair,
             session,
@@ -409,7 +421,7 @@ impl Machine {
         for peer in self.other_replicas().collect::<Vec<_>>() {
             let running = self.verification.running.contains_key(&peer);
             if !running && self.verifiable(peer).is_some() {
-                // It is: just looked at.
+                // Not while an earlier one is recorded or repaired; the next one comes by the clock.
                 drop(self.start_verify(cx, peer, false));
             }
         }

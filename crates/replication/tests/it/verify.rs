@@ -223,6 +223,31 @@ fn a_replica_outside_the_set_is_repaired() {
 
 /// The primary is replaced before the log has what it found: that is told as such.
 #[test]
+fn a_repair_that_is_not_recorded_yet_is_not_taken_back_by_another_verification() {
+    let mut world = World::mixed(&[Protocol::C, Protocol::A, Protocol::C], 1024);
+    world.write(A, 0, 20, 7);
+    world.pass_ms(1000);
+    rot(&mut world, B, 3);
+    rot(&mut world, B, 500);
+    world.commits = false;
+    verify(&mut world, true);
+    world.pass_ms(50);
+    let again = Order::Verify {
+        peer: Some(B),
+        repair: false,
+    };
+    let refused = world.order(A, again.clone()).unwrap_err();
+    assert!(refused.contains("not in the control log yet"), "{refused}");
+    world.commits = true;
+    world.pass_ms(2000);
+    assert!(world.same(A, B), "{:?}", world.differing(A, B));
+    assert_eq!(recorded(&world, B), [], "it is repaired");
+    world.order(A, again).unwrap();
+    world.pass_ms(50);
+    assert_eq!(verified(&world, B).last(), Some(&(Vec::new(), None, false)));
+}
+
+#[test]
 fn what_is_not_recorded_when_the_reign_ends_is_told_so() {
     let mut world = used(2);
     rot(&mut world, B, 300);
