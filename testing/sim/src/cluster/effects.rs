@@ -76,7 +76,11 @@ impl Cluster {
             let due = Time(deadline.0.saturating_sub(nanos(machine.clock_offset)));
             self.queue.at(
                 due.max(now + Duration::from_micros(1)),
-                Event::Tick { node, incarnation },
+                Event::Tick {
+                    node,
+                    incarnation,
+                    deadline,
+                },
             );
         }
         self.look_at_heir(node);
@@ -272,6 +276,17 @@ impl Cluster {
         }
     }
 
+    /// A tick comes due, unless an earlier one took its place: that one sees to what is due later. If each
+    /// arranged its own successor there would be more and more of them.
+    pub(super) fn tick_due(&mut self, node: Index, incarnation: u64, deadline: Time) -> Verdict {
+        let process = self.machines[node].process.as_ref();
+        if process.is_some_and(|process| process.tick_at == deadline) {
+            self.tick(node, incarnation)
+        } else {
+            Ok(())
+        }
+    }
+
     pub(super) fn tick(&mut self, node: Index, incarnation: u64) -> Verdict {
         let now = self.queue.now();
         let machine = &mut self.machines[node];
@@ -297,7 +312,14 @@ impl Cluster {
             if deadline != Time::NEVER {
                 process.tick_at = deadline;
                 let due = Time(deadline.0.saturating_sub(nanos(offset)));
-                self.queue.at(due, Event::Tick { node, incarnation });
+                self.queue.at(
+                    due,
+                    Event::Tick {
+                        node,
+                        incarnation,
+                        deadline,
+                    },
+                );
             }
             Ok(())
         }

@@ -69,8 +69,12 @@ enum Event {
         op: relevo_replication::OpId,
         fails: bool,
     },
-    /// An engine's deadline.
-    Tick { node: Index, incarnation: u64 },
+    /// An engine's deadline, by its own clock.
+    Tick {
+        node: Index,
+        incarnation: u64,
+        deadline: Time,
+    },
     /// A proposal reaches the log.
     Commit {
         by: Index,
@@ -483,7 +487,11 @@ impl Cluster {
                 op,
                 fails,
             } => self.disk_done(node, incarnation, op, fails),
-            Event::Tick { node, incarnation } => self.tick(node, incarnation),
+            Event::Tick {
+                node,
+                incarnation,
+                deadline,
+            } => self.tick_due(node, incarnation, deadline),
             Event::Commit {
                 by,
                 incarnation,
