@@ -26,10 +26,13 @@ const SECTOR_U64: u64 = SECTOR as u64;
 
 const ZEROES: [u8; PAGE] = [0; PAGE];
 
-/// Sparse bytes by pages of [`PAGE`] bytes; what was never written is zero. A page that was written whole shares the
-/// memory of the write: most of what a run does with blocks copies nothing.
+/// What reads of many pages give where nothing was written: it need not be made each time.
+static ZERO_PAGES: [u8; 64 * PAGE] = [0; 64 * PAGE];
+
+/// Bytes by pages of [`PAGE`] bytes, `None` where all are zero, as is what is behind the last one. A page that was
+/// written whole shares the memory of the write: most of what a run does with blocks copies nothing.
 #[derive(Clone, Debug, Default)]
-struct Pages(BTreeMap<u64, Bytes>);
+struct Pages(Vec<Option<Bytes>>);
 
 /// Content that was written somewhere.
 #[derive(Clone, Debug)]
@@ -271,7 +274,7 @@ impl Disk {
     /// What a read of a block gives now; `None`: zeroes.
     #[must_use]
     pub fn block(&self, block: u64) -> Option<&Bytes> {
-        self.view.0.get(&block)
+        self.view.page(block)
     }
 
     /// The writes under way that touch blocks below `end`: where, and the bytes (`None`: zeroes).
@@ -287,7 +290,7 @@ impl Disk {
     /// What a power loss leaves of a block for certain; `None`: zeroes.
     #[must_use]
     pub fn durable_block(&self, block: u64) -> Option<&Bytes> {
-        self.durable.0.get(&block)
+        self.durable.page(block)
     }
 
     /// What a read of a range gives now, for checkers that read metadata.
@@ -296,9 +299,20 @@ impl Disk {
         self.view.read(range)
     }
 
-    /// The blocks below `end` that were ever written.
+    /// The blocks below `end` that are not all zeroes.
     pub fn blocks_below(&self, end: u64) -> impl Iterator<Item = u64> + '_ {
-        self.view.0.range(..end).map(|(block, _)| *block)
+        let pages = (0..end).zip(&self.view.0);
+        pages.filter_map(|(block, page)| page.is_some().then_some(block))
+    }
+
+    /// The blocks below `end` in which reads of two disks differ.
+    pub fn differing<'a>(&'a self, other: &'a Self, end: u64) -> impl Iterator<Item = u64> + 'a {
+        (0..end).filter(|block| match (self.block(*block), other.block(*block)) {
+            (None, None) => false,
+            // What two replicas have of one write is one place in memory, seldom two.
+            (Some(one), Some(two)) => one.as_ptr() != two.as_ptr() && one != two,
+            _ => true,
+        })
     }
 
     fn read(&self, range: ByteRange, rng: &mut Rng) -> Bytes {
@@ -324,6 +338,22 @@ impl Disk {
 }
 
 impl Pages {
+    fn page(&self, number: u64) -> Option<&Bytes> {
+        let page = self.0.get(usize::try_from(number).ok()?)?;
+        page.as_ref()
+    }
+
+    fn set(&mut self, number: u64, page: Option<Bytes>) {
+        let index = usize::try_from(number).unwrap_or(usize::MAX);
+        if index >= self.0.len() {
+            if page.is_none() {
+                return;
+            }
+            self.0.resize_with(index + 1, || None);
+        }
+        self.0[index] = page;
+    }
+
     fn apply(&mut self, change: &Change) {
         let mut at = change.offset;
         let end = change.offset + change.len;
@@ -336,11 +366,8 @@ impl Pages {
                 Some(data) if len == PAGE => Some(data.slice(skip..skip + len)),
                 None if len == PAGE => None,
                 part => {
-                    let mut page = self
-                        .0
-                        .get(&number)
-                        .map_or(&ZEROES[..], |page| page)
-                        .to_vec();
+                    let page = self.page(number);
+                    let mut page = page.map_or(&ZEROES[..], |page| page).to_vec();
                     match part {
                         Some(data) => {
                             page[within..within + len].copy_from_slice(&data[skip..skip + len])
@@ -352,10 +379,7 @@ impl Pages {
             };
             // A page of zeroes is none: a resync of untouched regions stays cheap, and the same content is the
             // same pages.
-            match page.filter(|page| !is_zero(page)) {
-                Some(page) => self.0.insert(number, page),
-                None => self.0.remove(&number),
-            };
+            self.set(number, page.filter(|page| !is_zero(page)));
             at += len as u64;
         }
     }
@@ -365,15 +389,24 @@ impl Pages {
         let number = range.offset / PAGE as u64;
         let within = usize::try_from(range.offset % PAGE as u64).unwrap_or(0);
         if within + len <= PAGE {
-            let page = self.0.get(&number);
+            let page = self.page(number);
             return page
                 .map_or(Bytes::from_static(&ZEROES), Bytes::clone)
                 .slice(within..within + len);
         }
-        let mut bytes = vec![0; len];
-        for (number, page) in self.0.range(number..range.end().div_ceil(PAGE as u64)) {
-            overlay(number * PAGE as u64, page, range.offset, &mut bytes);
+        let numbers = number..range.end().div_ceil(PAGE as u64);
+        let mut pages = numbers.map(|number| self.page(number));
+        if len <= ZERO_PAGES.len() && pages.clone().all(|page| page.is_none()) {
+            return Bytes::from_static(&ZERO_PAGES[..len]);
         }
+        let mut bytes = Vec::with_capacity(len + PAGE);
+        if let Some(first) = pages.next() {
+            bytes.extend_from_slice(&first.map_or(&ZEROES[..], |page| page)[within..]);
+        }
+        for page in pages {
+            bytes.extend_from_slice(page.map_or(&ZEROES[..], |page| page));
+        }
+        bytes.truncate(len);
         bytes.into()
     }
 }

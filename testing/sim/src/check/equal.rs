@@ -16,7 +16,7 @@ const RULE: &str = "replicas in the in-sync set are equal when quiet (rule 4)";
 /// # Errors
 /// They differ; names the first block.
 pub fn check(blocks: u64, one: (NodeId, &Disk), other: (NodeId, &Disk)) -> Verdict {
-    match differing(blocks, one.1, other.1).next() {
+    match one.1.differing(other.1, blocks).next() {
         None => Ok(()),
         Some(block) => {
             let what = |(node, disk): (NodeId, &Disk)| {
@@ -35,21 +35,4 @@ pub fn check(blocks: u64, one: (NodeId, &Disk), other: (NodeId, &Disk)) -> Verdi
             ))
         }
     }
-}
-
-/// The blocks in which two disks differ.
-pub fn differing<'a>(
-    blocks: u64,
-    one: &'a Disk,
-    other: &'a Disk,
-) -> impl Iterator<Item = u64> + 'a {
-    let mut numbers: Vec<u64> = one
-        .blocks_below(blocks)
-        .chain(other.blocks_below(blocks))
-        .collect();
-    numbers.sort_unstable();
-    numbers.dedup();
-    numbers
-        .into_iter()
-        .filter(|block| one.block(*block) != other.block(*block))
 }

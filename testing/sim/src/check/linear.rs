@@ -17,7 +17,7 @@
 //!   writes that no completed flush covered may be gone. Then the history is cut there, and the
 //!   register starts again with any one of what a disk may have kept.
 
-use std::collections::BTreeMap;
+mod settled;
 
 use relevo_types::BlockRange;
 
@@ -71,7 +71,13 @@ struct Cluster {
 
 #[derive(Clone, Debug, Default)]
 struct Block {
+    /// In the order in which their writes began.
     clusters: Vec<Cluster>,
+    /// So many of them, the first, are settled: another one that certainly came after them is certainly over
+    /// as well, so whoever clashes with one of them from now on clashes with that one too.
+    settled: usize,
+    /// With so many clusters it is looked for more that are.
+    look_at: usize,
     /// After a cut: the sectors whose value is not known yet. Bit n is sector n.
     unknown: u8,
     cut: Tick,
@@ -85,7 +91,12 @@ pub struct History {
     tick: Tick,
     /// By number; index 0 is the empty volume.
     writes: Vec<Write>,
-    blocks: BTreeMap<u64, Block>,
+    /// By number; those that nobody used are empty.
+    blocks: Vec<Block>,
+    /// No read will come that began before.
+    oldest_read: Tick,
+    /// The writes before this one are of no concern to any flush to come: flushed, failed, or cut.
+    unflushed_from: usize,
     lost_with_power: u64,
     last_cut: Tick,
     /// When the newest acknowledged flush began.
@@ -105,7 +116,9 @@ impl Default for History {
         Self {
             tick: Tick(0),
             writes: vec![empty],
-            blocks: BTreeMap::new(),
+            blocks: Vec::new(),
+            oldest_read: Tick(0),
+            unflushed_from: 0,
             lost_with_power: 0,
             last_cut: Tick(0),
             last_flush: Tick(0),
@@ -144,14 +157,34 @@ impl History {
         write.invoked > self.last_cut
     }
 
-    /// Every write, with its number.
-    pub fn writes(&self) -> impl Iterator<Item = (WriteNo, &Write)> {
-        (0u32..).map(WriteNo).zip(&self.writes).skip(1)
+    /// The writes that a flush may cover and none did, with their numbers; and some others.
+    pub fn unflushed(&self) -> impl Iterator<Item = (WriteNo, &Write)> {
+        let all = (0u32..).map(WriteNo).zip(&self.writes);
+        all.skip(self.unflushed_from.max(1))
     }
 
     /// The blocks that were ever used.
     pub fn blocks(&self) -> impl Iterator<Item = u64> + '_ {
-        self.blocks.keys().copied()
+        let used = (0..).zip(&self.blocks).filter(|(_, block)| block.is_used());
+        used.map(|(number, _)| number)
+    }
+
+    /// Says that no read will be answered any more that began before this moment.
+    pub fn no_read_before(&mut self, oldest: Tick) {
+        self.oldest_read = oldest;
+    }
+
+    fn block(&self, number: u64) -> Option<&Block> {
+        let block = self.blocks.get(usize::try_from(number).ok()?)?;
+        block.is_used().then_some(block)
+    }
+
+    fn block_mut(blocks: &mut Vec<Block>, number: u64) -> &mut Block {
+        let index = usize::try_from(number).unwrap_or(usize::MAX);
+        if index >= blocks.len() {
+            blocks.resize_with(index + 1, Block::default);
+        }
+        &mut blocks[index]
     }
 
     /// A client begins a write.
@@ -167,10 +200,11 @@ impl History {
             zeroes,
         });
         for block in blocks.iter() {
-            let entry = self.blocks.entry(block).or_default();
+            let entry = Self::block_mut(&mut self.blocks, block);
             if entry.clusters.is_empty() && entry.cut == Tick(0) {
                 entry.clusters.push(Cluster::empty_volume());
             }
+            entry.settle(self.oldest_read, &self.writes);
             entry.clusters.push(Cluster::new(number, invoked));
             if zeroes {
                 entry.zero = number;
@@ -191,7 +225,7 @@ impl History {
         write.flushed |= durable;
         let blocks = write.blocks;
         for block in blocks.iter() {
-            let entry = self.blocks.entry(block).or_default();
+            let entry = Self::block_mut(&mut self.blocks, block);
             if let Some(index) = entry.position(number) {
                 let cluster = &mut entry.clusters[index];
                 cluster.happened = u8::MAX;
@@ -215,7 +249,7 @@ impl History {
         self.writes[number.0 as usize].ended = Some(ended);
         let blocks = self.writes[number.0 as usize].blocks;
         for block in blocks.iter() {
-            let entry = self.blocks.entry(block).or_default();
+            let entry = Self::block_mut(&mut self.blocks, block);
             if let Some(index) = entry.position(number) {
                 for sector in 0..SECTORS_PER_BLOCK {
                     if entry.clusters[index].happened & bit(sector) != 0 {
@@ -232,15 +266,20 @@ impl History {
     /// A flush that began at `invoked` was acknowledged: it covers what was acknowledged before.
     pub fn flush_acked(&mut self, invoked: Tick) {
         self.last_flush = self.last_flush.max(invoked);
-        let last_cut = self.last_cut;
-        for write in self.writes.iter_mut().rev() {
-            if write.invoked < last_cut {
-                break;
-            }
-            if write.acked && write.ended.is_some_and(|ended| ended < invoked) {
+        for write in &mut self.writes[self.unflushed_from..] {
+            if write.invoked > self.last_cut
+                && write.acked
+                && write.ended.is_some_and(|ended| ended < invoked)
+            {
                 write.flushed = true;
             }
         }
+        let concerns = |write: &Write| {
+            let open = write.ended.is_none() || write.acked && !write.flushed;
+            open && write.invoked > self.last_cut
+        };
+        let from = &self.writes[self.unflushed_from..];
+        self.unflushed_from += from.iter().take_while(|write| !concerns(write)).count();
     }
 
     /// A read that began at `invoked` gave this content of a sector.
@@ -249,7 +288,7 @@ impl History {
     /// The history is not linearizable.
     pub fn read(&mut self, invoked: Tick, block: u64, sector: usize, saw: WriteNo) -> Verdict {
         let ended = self.tick();
-        let entry = self.blocks.entry(block).or_default();
+        let entry = Self::block_mut(&mut self.blocks, block);
         if entry.clusters.is_empty() && entry.cut == Tick(0) {
             entry.clusters.push(Cluster::empty_volume());
         }
@@ -315,7 +354,7 @@ impl History {
         let flushed_since = self.last_flush > self.last_cut;
         self.last_cut = cut;
         let writes = &self.writes;
-        for block in self.blocks.values_mut() {
+        for block in &mut self.blocks {
             block.cut_at(cut, lost, flushed_since, writes);
         }
     }
@@ -329,12 +368,17 @@ impl History {
         for write in &mut self.writes {
             write.flushed = false;
         }
-        for (block, entry) in &mut self.blocks {
+        for (block, entry) in (0..).zip(&mut self.blocks) {
+            if !entry.is_used() {
+                continue;
+            }
             entry.clusters.clear();
+            entry.settled = 0;
+            entry.look_at = 0;
             entry.zero = WriteNo::ZERO;
             entry.unknown = u8::MAX;
             entry.cut = cut;
-            for (number, write) in contents(*block).as_flattened().iter().enumerate() {
+            for (number, write) in contents(block).as_flattened().iter().enumerate() {
                 let sector = number % SECTORS_PER_BLOCK;
                 let index = entry.position(*write).unwrap_or_else(|| {
                     entry.clusters.push(Cluster::new(*write, cut));
@@ -351,9 +395,7 @@ impl History {
     #[must_use]
     pub fn same_or_newer(&self, block: u64, found: WriteNo, wanted: WriteNo) -> bool {
         let found = if found == WriteNo::ZERO {
-            self.blocks
-                .get(&block)
-                .map_or(WriteNo::ZERO, |entry| entry.zero)
+            self.block(block).map_or(WriteNo::ZERO, |entry| entry.zero)
         } else {
             found
         };
@@ -368,7 +410,7 @@ impl History {
     /// certainly overwritten for good.
     #[must_use]
     pub fn zeroes_are_clear(&self, block: u64) -> bool {
-        let Some(entry) = self.blocks.get(&block) else {
+        let Some(entry) = self.block(block) else {
             return false;
         };
         let Some(zero_ended) = self.write(entry.zero).ended else {
@@ -407,6 +449,10 @@ impl Cluster {
 }
 
 impl Block {
+    const fn is_used(&self) -> bool {
+        !self.clusters.is_empty() || self.cut.0 > 0
+    }
+
     fn position(&self, write: WriteNo) -> Option<usize> {
         self.clusters
             .iter()
@@ -419,7 +465,13 @@ impl Block {
         if ours.happened & bit(sector) == 0 || ours.first_end[sector] == Tick::NEVER {
             return Ok(());
         }
-        for (other_index, theirs) in self.clusters.iter().enumerate() {
+        // One that is settled and comes up again clashes with what settled it.
+        let from = if index < self.settled {
+            0
+        } else {
+            self.settled
+        };
+        for (other_index, theirs) in self.clusters.iter().enumerate().skip(from) {
             let (end_a, begin_a) = (ours.first_end[sector], ours.last_begin[sector]);
             let (end_b, begin_b) = (theirs.first_end[sector], theirs.last_begin[sector]);
             if other_index == index || theirs.happened & bit(sector) == 0 || end_b == Tick::NEVER {
@@ -496,6 +548,8 @@ impl Block {
             return;
         }
         self.clusters = kept;
+        self.settled = 0;
+        self.look_at = 0;
         self.unknown = u8::MAX;
         self.cut = cut;
     }

@@ -7,7 +7,7 @@
 use relevo_replication::Engine;
 use relevo_types::{BlockRange, NodeId};
 
-use super::{Verdict, Violation, equal};
+use super::{Verdict, Violation};
 use crate::disk::Disk;
 
 const RULE: &str = "what differs is marked (rules 5, 6)";
@@ -23,7 +23,8 @@ pub fn check(
     marks: &[BlockRange],
 ) -> Verdict {
     let marked = |block: u64| marks.iter().any(|range| contains(range, block));
-    match equal::differing(blocks, source.1, target.1).find(|block| !marked(*block)) {
+    let mut differing = source.1.differing(target.1, blocks);
+    match differing.find(|block| !marked(*block)) {
         None => Ok(()),
         Some(block) => Err(Violation::new(
             RULE,

@@ -56,7 +56,8 @@ impl Cluster {
                 self.marks.reached("reconciliation carried a tail");
             }
         }
-        let mut effects = Vec::new();
+        // For every input: without a new list each time.
+        let mut effects = std::mem::take(&mut self.effects);
         engine.handle(local, input, &mut effects);
         // With debug assertions the engine looks by itself after every input, and panics.
         if cfg!(not(debug_assertions))
@@ -84,14 +85,17 @@ impl Cluster {
             );
         }
         self.look_at_heir(node);
-        self.carry_out(node, incarnation, effects)?;
+        self.carry_out(node, incarnation, &mut effects)?;
+        // Those of a crash that came between were never carried out.
+        effects.clear();
+        self.effects = effects;
         self.tell_of_engine(node, None);
         Ok(())
     }
 
-    fn carry_out(&mut self, node: Index, incarnation: u64, effects: Vec<Effect>) -> Verdict {
+    fn carry_out(&mut self, node: Index, incarnation: u64, effects: &mut Vec<Effect>) -> Verdict {
         let count = effects.len();
-        for (position, effect) in effects.into_iter().enumerate() {
+        for (position, effect) in effects.drain(..).enumerate() {
             if self.crash_is_due(node, &effect) {
                 if position > 0 && position < count {
                     self.marks.reached("crash between two effects of one input");

@@ -18,6 +18,9 @@ use crate::{
 /// Blocks that are written while the cluster heals.
 const PROBES: u64 = 3;
 
+/// Blocks of a read of the final check at most.
+const READ_BLOCKS: u64 = 16;
+
 /// What the clients do and wait for.
 #[derive(Debug)]
 pub(super) struct Load {
@@ -100,9 +103,15 @@ impl Cluster {
 
     /// Reads everything that was ever written, once, at a node.
     pub(super) fn read_everything(&mut self, node: Index) -> Verdict {
-        let blocks: Vec<u64> = self.history.blocks().collect();
-        for block in blocks {
-            self.issue(None, node, What::Read(BlockRange::new(block, 1).bytes()))?;
+        let mut runs: Vec<BlockRange> = Vec::new();
+        for block in self.history.blocks() {
+            match runs.last_mut() {
+                Some(run) if run.end() == block && run.count < READ_BLOCKS => run.count += 1,
+                _ => runs.push(BlockRange::new(block, 1)),
+            }
+        }
+        for run in runs {
+            self.issue(None, node, What::Read(run.bytes()))?;
         }
         Ok(())
     }
@@ -188,6 +197,10 @@ impl Cluster {
         self.load.last_request += 1;
         let id = RequestId(self.load.last_request);
         let invoked = self.history.tick();
+        // Requests begin in the order of their numbers.
+        let oldest = self.load.pending.values().next();
+        let oldest = oldest.map_or(invoked, |pending| pending.invoked);
+        self.history.no_read_before(oldest);
         self.load.pending.insert(
             id,
             Pending {
@@ -294,7 +307,7 @@ impl Cluster {
                 let early = (0..).zip(&received).any(|(node, received)| {
                     !received.is_empty() && volume.in_sync.contains(&node_id(node))
                 });
-                if early && self.scenario.protocols.contains(&Protocol::B) {
+                if early {
                     self.marks
                         .reached("protocol B: acknowledged before the disk did");
                 }
@@ -364,10 +377,11 @@ impl Cluster {
 
     /// What each replica received and has not written.
     fn received(&self) -> Vec<Vec<BlockRange>> {
-        let nodes = 0..self.scenario.data_nodes;
-        nodes
+        // Only of protocol B does it count for anything.
+        let counts = self.scenario.protocols.contains(&Protocol::B);
+        (0..self.scenario.data_nodes)
             .map(|node| {
-                let engine = self.engine(node);
+                let engine = self.engine(node).filter(|_| counts);
                 engine.map_or_else(Vec::new, relevo_replication::Engine::received_blocks)
             })
             .collect()

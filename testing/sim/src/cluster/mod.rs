@@ -177,6 +177,8 @@ pub struct Summary {
 pub struct Cluster {
     scenario: Scenario,
     queue: Queue<Event>,
+    /// Room for what an engine asks for next.
+    effects: Vec<relevo_replication::Effect>,
     chance: Chance,
     net: Network,
     control: Control,
@@ -309,6 +311,7 @@ impl Cluster {
         trace.begin(scenario.nodes());
         let mut cluster = Self {
             queue: Queue::default(),
+            effects: Vec::new(),
             chance: Chance {
                 disk: Rng::new(seed, 1),
                 net: Rng::new(seed, 2),

@@ -14,7 +14,7 @@ use super::{
     verify::HEAL_WITHIN,
 };
 use crate::{
-    check::{Verdict, Violation, equal, marked},
+    check::{Verdict, Violation, marked},
     net::Index,
     second::Point,
 };
@@ -116,9 +116,8 @@ impl Cluster {
         let is_repaired = |cluster: &Self| {
             let disk = |node: Index| &cluster.machines[node].disk;
             let same = |other: Index| {
-                let mut differing =
-                    equal::differing(cluster.scenario.blocks, disk(other), disk(node));
-                differing.next().is_none()
+                let blocks = cluster.scenario.blocks;
+                disk(other).differing(disk(node), blocks).next().is_none()
             };
             cluster.rotten.as_ref().is_some_and(|rotten| rotten.found)
                 && cluster.is_silent_and_whole()
