@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// From so many seeds on, every situation that has a mark must have been reached.
-pub const SEEDS_FOR_COVERAGE: u64 = 2_000;
+pub const SEEDS_FOR_COVERAGE: u64 = 4_000;
 
 /// A run that broke a promise, or in which a core panicked.
 #[derive(Clone, Debug)]

@@ -18,6 +18,10 @@ use crate::{
 /// Blocks that are written while the cluster heals.
 const PROBES: u64 = 3;
 
+/// However long something is waited for, there are requests: of all clients together, one in this time at
+/// least, in microseconds.
+const SLOWEST_US: u64 = 8000;
+
 /// Blocks of a read of the final check at most.
 const READ_BLOCKS: u64 = 16;
 
@@ -93,7 +97,9 @@ impl Cluster {
         };
         let node = if works { self.choose_node() } else { None };
         let Some(node) = node else {
-            let again = self.chance.load.millis(2, 10);
+            let soon = self.phase == Phase::Trouble;
+            let (least, most) = if soon { (2, 10) } else { (10, 40) };
+            let again = self.chance.load.millis(least, most);
             self.queue.after(again, Event::Client(client));
             return Ok(());
         };
@@ -114,6 +120,16 @@ impl Cluster {
             self.issue(None, node, What::Read(run.bytes()))?;
         }
         Ok(())
+    }
+
+    /// How long a client thinks at most. While the cluster heals, or does in peace what takes it seconds,
+    /// the thousandth request shows nothing that the hundredth did not, and costs as much.
+    fn think_us(&self) -> u64 {
+        let waited = self.waits_since.map(|since| self.queue.now().since(since));
+        let waited = waited.map_or(0, |waited| waited.as_micros());
+        let slow = u64::try_from(waited).unwrap_or(u64::MAX) / 4;
+        let slowest = self.scenario.clients as u64 * SLOWEST_US;
+        self.scenario.think_us.max(slow.min(slowest))
     }
 
     /// Usually the node that is open; now and then any.
@@ -251,7 +267,8 @@ impl Cluster {
             ));
         }
         if let Some(client) = pending.client {
-            let think = self.chance.load.micros(0, self.scenario.think_us);
+            let most = self.think_us();
+            let think = self.chance.load.micros(0, most);
             self.queue.after(think, Event::Client(client));
         }
         match result {

@@ -51,6 +51,9 @@ use load::Load;
 use machine::{Crash, Machine, Process};
 use managed::News;
 
+/// Trouble of a run, all rounds: another seed shows more than more of the same.
+const TROUBLE_MAX: Duration = Duration::from_millis(1200);
+
 /// Something that will happen.
 #[derive(Debug)]
 enum Event {
@@ -190,6 +193,10 @@ pub struct Cluster {
     marks: Marks,
     trace: Trace,
     phase: Phase,
+    /// Since when something is waited for that faults do not disturb: the longer, the longer clients think.
+    waits_since: Option<Time>,
+    /// The last cut of the network by a fault is over by then.
+    cuts_over: Time,
     /// Clients hold back until told.
     quiet: bool,
     /// Since when they do.
@@ -329,6 +336,8 @@ impl Cluster {
             marks: Marks::default(),
             trace,
             phase: Phase::Trouble,
+            waits_since: None,
+            cuts_over: Time::ZERO,
             quiet: false,
             quiet_since: Time::ZERO,
             compared: false,
@@ -383,18 +392,22 @@ impl Cluster {
     /// # Errors
     /// The first broken promise.
     pub fn run(&mut self) -> Verdict {
-        for round in 0..self.scenario.rounds {
+        let rounds = self.scenario.rounds;
+        let trouble = self.scenario.trouble;
+        let trouble = trouble.min(TROUBLE_MAX / u32::try_from(rounds).unwrap_or(1));
+        for round in 0..rounds {
             self.trace.all(self.queue.now(), || {
                 format!("round {round}: trouble begins")
             });
             self.phase = Phase::Trouble;
+            self.waits_since = None;
             let first = self
                 .chance
                 .trouble
                 .time(Duration::ZERO, self.scenario.fault_every * 2);
             self.queue
                 .after(first + Duration::from_millis(100), Event::Trouble);
-            let until = self.queue.now() + self.scenario.trouble;
+            let until = self.queue.now() + trouble;
             self.run_until(until)?;
             self.heal()?;
             if self.scenario.hang_one {

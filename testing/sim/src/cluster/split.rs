@@ -23,9 +23,6 @@ use crate::{
     stamp::{SECTORS_PER_BLOCK, WriteNo, read_block},
 };
 
-/// Cuts of the network that are over by then heal no more.
-const LAST_CUTS_HEAL: Duration = Duration::from_millis(1600);
-
 const RULE: &str = "divergence is seen and never merged in silence (rule 9)";
 
 /// Blocks that were ever written, with their bytes.
@@ -211,8 +208,11 @@ impl Cluster {
         self.end_waits();
         self.load.writes_answered = 0;
         self.phase = Phase::Trouble;
+        // What was cut before heals no more while somebody is cut off on purpose.
+        self.quiet = true;
+        self.run_until(self.cuts_over.max(self.second.over_at))?;
         self.quiet = false;
-        self.run_until(self.queue.now() + LAST_CUTS_HEAL)?;
+        self.some_time(200)?;
         if self.open_primary() != Some(old) {
             return Ok(());
         }
@@ -290,6 +290,7 @@ impl Cluster {
 
     fn some_time(&mut self, most_ms: u64) -> Verdict {
         let time = self.chance.trouble.millis(1, most_ms);
+        self.waits_since = Some(self.queue.now());
         self.run_until(self.queue.now() + time)
     }
 
@@ -328,6 +329,7 @@ impl Cluster {
         let mut crash = self.chance.trouble.chance(30.0);
         let mut decided = false;
         let quiet_from = self.queue.now() + HEAL_WITHIN / 3;
+        self.waits_since = Some(self.queue.now());
         while !(self.all_in_sync(true) && self.open_primary().is_some()) {
             self.step()?;
             self.quiet |= self.queue.now() >= quiet_from;

@@ -16,6 +16,10 @@ use crate::{
     second::Point,
 };
 
+/// A fault cuts the network for this long at most.
+const CUTS_MAX_MS: u64 = 1500;
+pub(super) const CUTS_MAX: Duration = Duration::from_millis(CUTS_MAX_MS);
+
 impl Cluster {
     /// Injects the next fault and arranges the one after it.
     pub(super) fn trouble(&mut self) -> Verdict {
@@ -166,7 +170,7 @@ impl Cluster {
 
     /// Cuts directions for a while: usually whole cables, sometimes one plane alone.
     fn cut(&mut self, directions: Vec<(Index, Index)>) {
-        let how_long = self.chance.trouble.spread_millis(3, 1500);
+        let how_long = self.chance.trouble.spread_millis(3, CUTS_MAX_MS);
         let planes: &[Plane] = match self.chance.trouble.below(4) {
             0 => &[Plane::Data],
             1 => &[Plane::Control],
@@ -211,7 +215,7 @@ impl Cluster {
         }
         self.marks
             .reached("heartbeats and log cut, replication not");
-        let how_long = self.chance.trouble.millis(300, 1500);
+        let how_long = self.chance.trouble.millis(300, CUTS_MAX_MS);
         self.queue.after(how_long, Event::Heal(cuts));
     }
 

@@ -9,6 +9,7 @@ use relevo_types::{NodeId, Time};
 use super::{Cluster, Event, Phase, index_of, machine::Crash, node_id};
 use crate::{
     check::{HEALS, Verdict, Violation, equal, marked},
+    cluster::trouble::CUTS_MAX,
     net::{Index, Plane},
 };
 
@@ -31,7 +32,11 @@ impl Cluster {
         let now = self.queue.now();
         self.repairing = false;
         self.trace.all(now, || "faults stop".to_owned());
+        if self.phase == Phase::Trouble {
+            self.cuts_over = now + CUTS_MAX;
+        }
         self.phase = Phase::Healing;
+        self.waits_since = Some(now);
         self.quiet = false;
         self.end_waits();
         self.mend_network();
@@ -69,6 +74,7 @@ impl Cluster {
 
     fn become_whole(&mut self) -> Verdict {
         self.load.writes_answered = 0;
+        self.waits_since = Some(self.queue.now());
         let until = self.queue.now() + HEAL_WITHIN;
         // A second fault, while it heals, begins the time anew.
         while self.queue.now() < until.max(self.second.over_at + HEAL_WITHIN) {
@@ -146,8 +152,8 @@ impl Cluster {
         self.load.writes_answered >= 3
             && self.queue.now() >= self.second.over_at
             && self.is_not_replacing()
-            && self.all_in_sync(false)
             && self.open_primary().is_some()
+            && self.all_in_sync(false)
             && (!self.scenario.managed || self.service_runs())
     }
 
@@ -198,6 +204,7 @@ impl Cluster {
         what: &str,
         done: impl Fn(&Self) -> bool,
     ) -> Verdict {
+        self.waits_since = Some(self.queue.now());
         while !done(self) {
             if self.queue.now() >= until {
                 return Err(Violation::new(
@@ -214,7 +221,7 @@ impl Cluster {
     }
 
     pub(super) fn is_silent_and_whole(&self) -> bool {
-        self.is_silent() && self.all_in_sync(true) && self.open_primary().is_some()
+        self.is_silent() && self.open_primary().is_some() && self.all_in_sync(true)
     }
 
     /// Nothing is under way that could change a byte.
