@@ -218,22 +218,21 @@ impl Machine {
     // The target's side.
 
     /// This replica's blocks were read, or could not be: then it must be given them, which writes them
-    /// anew.
+    /// anew. Gives the blocks that were asked for, if the link is still there.
     pub(crate) fn compare_read_done(
         &mut self,
         cx: &mut Cx<'_>,
         reply: Reply,
         id: u64,
         data: Option<&Bytes>,
-    ) {
-        let Some((asked, blocks)) = self.compare_with(reply, id, data) else {
-            return;
-        };
+    ) -> Option<BlockRange> {
+        let (asked, blocks) = self.compare_with(reply, id, data)?;
         for run in without(asked, &blocks).unwrap_or_default() {
             self.copied_here(cx, reply, run);
         }
         let Reply { peer, epoch, .. } = reply;
         self.send(cx, peer, Message::SyncDiffer { epoch, id, blocks });
+        Some(asked)
     }
 }
 

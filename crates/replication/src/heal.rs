@@ -115,8 +115,8 @@ impl Machine {
     /// A block that the primary asks to compare can't be read here. It is not the same, then: the primary
     /// hears so, and what it copies writes the block anew. Losing all other blocks' redundancy for it would
     /// mend nothing.
-    fn incomparable(&mut self, cx: &mut Cx<'_>, reply: Reply, id: u64, error: &str) {
-        if let Some(blocks) = self.digest_read_done(cx, reply, id, None) {
+    fn incomparable(&mut self, cx: &mut Cx<'_>, blocks: Option<BlockRange>, error: &str) {
+        if let Some(blocks) = blocks {
             self.heals.count += 1;
             cx.emit(Effect::Event(VolumeEvent::Unreadable {
                 blocks,
@@ -166,7 +166,8 @@ impl Machine {
             Some(Owner::Nobody) if self.passes_on() => self.end_job(cx, id),
             Some(Owner::DigestRead(reply, number)) if self.heals.count < HEALED_MAX => {
                 self.end_job(cx, id);
-                self.incomparable(cx, reply, number, error);
+                let blocks = self.digest_read_done(cx, reply, number, None);
+                self.incomparable(cx, blocks, error);
             }
             // It stays dirty, and who needs it does not join. On a new link it is tried again.
             Some(Owner::SyncRead(peer)) if self.passes_on() => {
@@ -179,9 +180,10 @@ impl Machine {
                 self.stop_verify(cx, peer, "a block can't be read here");
             }
             // The primary gives it what it can't read, which writes it anew.
-            Some(Owner::CompareRead(reply, check)) => {
-                self.compare_read_done(cx, reply, check, None);
+            Some(Owner::CompareRead(reply, check)) if self.heals.count < HEALED_MAX => {
+                let blocks = self.compare_read_done(cx, reply, check, None);
                 self.end_job(cx, id);
+                self.incomparable(cx, blocks, error);
             }
             _ => self.disk_error(error),
         }
