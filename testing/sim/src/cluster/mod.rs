@@ -29,7 +29,7 @@ use relevo_types::{
 
 use crate::{
     check::{
-        Verdict, Violation,
+        HEALS, Verdict, Violation,
         cold::ColdRegions,
         linear::{History, Tick},
         lower_epoch::LowerEpoch,
@@ -53,6 +53,9 @@ use managed::News;
 
 /// Trouble of a run, all rounds: another seed shows more than more of the same.
 const TROUBLE_MAX: Duration = Duration::from_millis(1200);
+
+/// Events of a run at most; the longest of 1,500 had 54,000. What goes round in circles would eat all memory.
+const EVENTS_MAX: u64 = 1_000_000;
 
 /// Something that will happen.
 #[derive(Debug)]
@@ -471,6 +474,12 @@ impl Cluster {
         let Some(event) = self.queue.take() else {
             return Err(Violation::new("set up", "the queue is empty"));
         };
+        if self.queue.entered() > EVENTS_MAX {
+            return Err(Violation::new(
+                HEALS,
+                "more and more happens, and time stands still",
+            ));
+        }
         self.handle(event)?;
         self.look_when_quiet()
     }

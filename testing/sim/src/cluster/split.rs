@@ -28,6 +28,9 @@ const RULE: &str = "divergence is seen and never merged in silence (rule 9)";
 /// Blocks that were ever written, with their bytes.
 type Content = BTreeMap<u64, Bytes>;
 
+/// An operator who still sees two histories decides again after this time.
+const KEEP_EVERY: Duration = Duration::from_millis(20);
+
 /// Bytes of a block.
 const BLOCK: usize = 4096;
 
@@ -329,6 +332,7 @@ impl Cluster {
         let mut crash = self.chance.trouble.chance(30.0);
         let mut decided = false;
         let quiet_from = self.queue.now() + HEAL_WITHIN / 3;
+        let mut keep_at = self.queue.now();
         self.waits_since = Some(self.queue.now());
         while !(self.all_in_sync(true) && self.open_primary().is_some()) {
             self.step()?;
@@ -343,9 +347,10 @@ impl Cluster {
                 self.stands_alone(scene)?;
                 decided = true;
                 self.decide(scene)?;
-            } else if self.is_split() {
-                // A third replica met another one.
+            } else if self.queue.now() >= keep_at && self.is_split() {
+                // A third replica met another one. A primary that is stopped hears of it later.
                 self.keep_in_force(scene.forced);
+                keep_at = self.queue.now() + KEEP_EVERY;
             }
             if self.queue.now() >= until {
                 let status = |node| self.engine(node).map(relevo_replication::Engine::status);
