@@ -211,8 +211,6 @@ pub struct Cluster {
     last_order: u64,
     /// What a disk altered by itself, until it is repaired.
     rotten: Option<rot::Rotten>,
-    /// What was last, and is repaired.
-    was_rotten: Option<rot::Rotten>,
     replaced: Option<replicas::Replaced>,
     second: second::Second,
     /// Whose disk is the last one that works, or did: nobody repairs any.
@@ -349,7 +347,6 @@ impl Cluster {
             repairing: false,
             last_order: 0,
             rotten: None,
-            was_rotten: None,
             replaced: None,
             second: second::Second::new(seed),
             severed: BTreeSet::new(),

@@ -87,7 +87,7 @@ impl Cluster {
         };
         self.wait_until_repaired(primary, node, self.queue.now() + within)?;
         self.marks.reached("verification found what a disk altered");
-        self.was_rotten = self.rotten.take();
+        self.rotten = None;
         match self.open_primary().filter(|primary| *primary != node) {
             Some(primary) => marked::drained(self.engine(primary), node_id(node)),
             None => Ok(()),
@@ -200,11 +200,7 @@ impl Cluster {
             .map_or_else(BTreeSet::new, |rotten| rotten.blocks.clone());
         let Some(rotten) = rotten.filter(|_| found == expected) else {
             // One that was stopped tells what it had found until then.
-            let before = self.was_rotten.as_ref();
-            let before = before.filter(|was| was.node == node);
-            let was_so = before.is_some_and(|was| found.is_subset(&was.blocks));
-            // Perhaps it is repaired meanwhile: a second one had begun before the first had told.
-            if found.is_empty() || !whole && (was_so || found.is_subset(&expected)) {
+            if found.is_empty() || !whole && found.is_subset(&expected) {
                 return Ok(());
             }
             return Err(Violation::new(
