@@ -65,6 +65,8 @@ pub(crate) fn disk_deadline(volume: Option<&Volume>, me: NodeId, since: Option<T
 #[derive(Debug, Default)]
 pub(crate) struct Heals {
     running: BTreeMap<JobId, Heal>,
+    /// Got from another replica, to be written when what overlaps it was.
+    waiting: Vec<(JobId, Bytes)>,
     /// Written anew since the disk was attached.
     done: Blocks,
     count: u64,
@@ -271,7 +273,23 @@ impl Machine {
         }));
         self.heals.count += 1;
         self.heals.done.set(blocks, |_| {});
-        self.write_anew(cx, id, data);
+        self.heals.waiting.push((id, data));
+        self.settle_healing_writes(cx);
+    }
+
+    /// Overlapping reads share the gate, so both may have failed; of two writes to one place at a time nobody
+    /// knows which one the disk keeps.
+    pub(crate) fn settle_healing_writes(&mut self, cx: &mut Cx<'_>) {
+        for (id, data) in std::mem::take(&mut self.heals.waiting) {
+            let Some(blocks) = self.jobs.table.get(&id).map(|job| job.blocks) else {
+                continue;
+            };
+            if self.jobs.table.values().any(|job| job.heals(blocks)) {
+                self.heals.waiting.push((id, data));
+            } else {
+                self.write_anew(cx, id, data);
+            }
+        }
     }
 
     /// Looks after reads whose other replica was lost, or left the set.

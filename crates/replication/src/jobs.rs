@@ -127,6 +127,12 @@ impl Job {
         Some((self.blocks, self.body.clone()?))
     }
 
+    /// Whether it writes some of these blocks anew.
+    pub(crate) fn heals(&self, blocks: BlockRange) -> bool {
+        let (one, other) = (self.blocks.bytes(), blocks.bytes());
+        self.healed.is_some() && one.overlaps(&other)
+    }
+
     fn is_from_peer(&self) -> bool {
         matches!(self.owner, Owner::PeerWrite(..) | Owner::PeerSync(..))
     }

@@ -198,6 +198,7 @@ impl Machine {
         if self.failed.is_some() {
             return;
         }
+        self.settle_healing_writes(cx);
         self.settle_links(cx);
         self.settle_giving_way(cx);
         self.settle_barriers(cx);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use relevo_replication::{DiskState, Input, Order, ReplyError, RequestId, VolumeEvent};
+use relevo_replication::{DiskOpKind, DiskState, Input, Order, ReplyError, RequestId, VolumeEvent};
 use relevo_types::{
     BlockRange, NodeId,
     cluster::options::{DiskTimeout, OnIoError, OnNoData},
@@ -63,6 +63,31 @@ fn a_long_read_is_asked_for_in_pieces() {
     world.pass_ms(50);
     expect_content(&world, id, 5, 400);
     assert!(world.nodes[&A].disk.bad.is_empty());
+}
+
+#[test]
+fn overlapping_reads_are_not_written_anew_at_the_same_time() {
+    let mut world = written();
+    world.node(A).disk.bad.insert(7);
+    let one = read(&mut world, 6, 3);
+    let other = read(&mut world, 7, 3);
+    while !world.node(A).ops.is_empty() {
+        world.finish_op(A, 0);
+    }
+    world.node(A).disk.stalled = true;
+    world.run();
+    let writes = |world: &World| {
+        let ops = world.nodes[&A].ops.iter();
+        let writes = ops.filter(|op| matches!(op.kind, DiskOpKind::Write { .. }));
+        writes.count()
+    };
+    assert_eq!(writes(&world), 1);
+    world.node(A).disk.stalled = false;
+    world.pass_ms(20);
+    assert_eq!(healed(&world).len(), 2);
+    expect_content(&world, one, 5, 3);
+    expect_content(&world, other, 5, 3);
+    assert!(world.same(A, B));
 }
 
 /// A write that comes meanwhile waits, and is not overwritten with what was there before.

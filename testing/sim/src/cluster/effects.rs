@@ -446,7 +446,10 @@ impl Cluster {
                 self.opened(node, epoch)?;
             }
             VolumeEvent::Tends { .. } => self.holes_are_known(node),
-            VolumeEvent::Closed { .. } => process.open = None,
+            VolumeEvent::Closed { .. } => {
+                process.open = None;
+                self.closed(node)?;
+            }
             VolumeEvent::SplitBrain { .. } => self.marks.reached("split brain was seen"),
             VolumeEvent::GaveWay { .. } => self.marks.reached("a history gave way"),
             VolumeEvent::Verified {

@@ -100,6 +100,18 @@ impl Cluster {
         Err(Violation::new(RULE, what))
     }
 
+    /// A node closed. When its disk fails and requests shall wait it may do so only if another one could serve,
+    /// as far as it knew: that this one left the set as well may have been on its way to it.
+    pub(super) fn closed(&self, node: Index) -> Verdict {
+        let known = self.machines[node].known_volume();
+        let alone = known.primary == Some(node_id(node)) && known.in_sync.len() == 1;
+        if self.last_disk != Some(node) || !alone || self.scenario.on_no_data != OnNoData::Suspend {
+            return Ok(());
+        }
+        let what = format!("n{} closed, and knew that it was alone", node + 1);
+        Err(Violation::new(RULE, what))
+    }
+
     /// A request failed.
     pub(super) fn request_failed(&mut self, node: Index, error: ReplyError, read: bool) -> Verdict {
         if self.last_disk != Some(node) {
@@ -109,7 +121,9 @@ impl Cluster {
         let alone = volume.primary == Some(node_id(node)) && volume.in_sync.len() == 1;
         let process = self.machines[node].process.as_ref();
         let failed = process.is_some_and(|process| process.disk_failed);
-        if failed && alone && self.scenario.on_no_data == OnNoData::Suspend {
+        // One that closed said so to its clients; whether it might is looked at then.
+        let open = process.is_some_and(|process| process.open.is_some());
+        if failed && open && alone && self.scenario.on_no_data == OnNoData::Suspend {
             let what = format!("n{} answered {error:?}", node + 1);
             return Err(Violation::new(RULE, what));
         }
