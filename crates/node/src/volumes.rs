@@ -41,7 +41,8 @@ pub(crate) struct Engines {
     /// Volumes whose service another node holds while this one is primary, and when it was told
     /// to step down.
     orphans: BTreeMap<VolumeId, Time>,
-    /// Volumes of which a replica lacks something although nobody uses them, and since when.
+    /// Volumes of which a replica lacks something although nobody uses them, and since when; of one that is
+    /// tended from here and needs it no more, when it was told to step down.
     untended: BTreeMap<VolumeId, Time>,
 }
 
