@@ -245,7 +245,7 @@ impl<O> Requests<O> {
             return false;
         };
         let blocks = write.blocks;
-        let meets = |other: BlockRange| overlap(blocks, other);
+        let meets = |other: BlockRange| blocks.overlaps(&other);
         self.kept.iter().any(|(_, kept)| meets(*kept))
             || self
                 .waiting
@@ -422,10 +422,6 @@ fn join(parts: Vec<Option<Bytes>>) -> Bytes {
     let mut all = BytesMut::from(&first[..]);
     rest.for_each(|part| all.extend_from_slice(&part));
     all.freeze()
-}
-
-const fn overlap(a: BlockRange, b: BlockRange) -> bool {
-    a.first < b.end() && b.first < a.end()
 }
 
 /// An offset within data in memory.

@@ -28,6 +28,20 @@ struct Engine {
     closed: bool,
 }
 
+impl Engine {
+    fn peer(&self, node: NodeId) -> PeerState {
+        self.status.peers.get(&node).copied().unwrap_or_default()
+    }
+
+    /// Whether there is a link to another node's replica, and they are of one history.
+    fn reaches(&self, node: NodeId) -> bool {
+        !matches!(
+            self.peer(node),
+            PeerState::Connecting | PeerState::StandAlone
+        )
+    }
+}
+
 /// All engines of this node.
 #[derive(Debug, Default)]
 pub(crate) struct Engines {
@@ -38,11 +52,9 @@ pub(crate) struct Engines {
     creating: BTreeMap<VolumeId, Option<Result<(), String>>>,
     /// Replicas that exist here.
     local: BTreeSet<VolumeId>,
-    /// Volumes whose service another node holds while this one is primary, and when it was told
-    /// to step down.
-    orphans: BTreeMap<VolumeId, Time>,
-    /// Volumes of which a replica lacks something although nobody uses them, and since when; of one that is
-    /// tended from here and needs it no more, when it was told to step down.
+    /// Volumes of which this node is primary and shall not be, and when it was told to step down.
+    stepping_down: BTreeMap<VolumeId, Time>,
+    /// Volumes of which a replica lacks something although nobody uses them, and since when.
     untended: BTreeMap<VolumeId, Time>,
 }
 
@@ -229,6 +241,9 @@ impl Engines {
                             order: VolumeOrder::Config(config),
                         });
                     }
+                    if volume.primary != Some(me) {
+                        self.stepping_down.remove(id);
+                    }
                     self.leave_to_holder(now, me, state, volume, proposals, out);
                     self.tend(now, me, state, volume, proposals, out);
                     self.forgive_disk(now, me, state, volume, proposals, out);
@@ -285,10 +300,9 @@ impl Engines {
         let holder = state
             .services
             .values()
-            .filter(|service| service.spec.volumes().any(|used| used == id))
+            .filter(|service| service.spec.uses(id))
             .find_map(|service| service.holder.filter(|holder| *holder != me));
         let Some(holder) = holder.filter(|_| volume.primary == Some(me)) else {
-            self.orphans.remove(&id);
             return;
         };
         if self.is_dead(id) {
@@ -303,14 +317,18 @@ impl Engines {
                 state.node_name(holder)
             );
             proposals.want(now, state.revision, command, &reason, out);
-        } else if self
-            .orphans
-            .get(&id)
-            .is_none_or(|told| now >= *told + DEMOTE_AGAIN)
-        {
-            self.orphans.insert(id, now);
+        } else {
+            self.tell_to_step_down(now, id, out);
+        }
+    }
+
+    /// Now, and again as long as it is primary.
+    fn tell_to_step_down(&mut self, now: Time, volume: VolumeId, out: &mut Vec<Effect>) {
+        let told = self.stepping_down.get(&volume);
+        if told.is_none_or(|told| now >= *told + DEMOTE_AGAIN) {
+            self.stepping_down.insert(volume, now);
             out.push(Effect::Volume {
-                volume: id,
+                volume,
                 order: VolumeOrder::Demote,
             });
         }
@@ -330,23 +348,13 @@ impl Engines {
         let id = volume.id;
         let needed = volume.serving().is_none() && self.needs_tending(me, volume);
         if volume.primary == Some(me) && volume.tends && !needed {
-            let told = self.untended.get(&id);
-            if told.is_none_or(|told| now >= *told + DEMOTE_AGAIN) {
-                self.untended.insert(id, now);
-                out.push(Effect::Volume {
-                    volume: id,
-                    order: VolumeOrder::Demote,
-                });
-            }
+            self.tell_to_step_down(now, id, out);
             return;
         }
-        let wanted_elsewhere = || {
-            let mut services = state.services.values();
-            services.any(|it| it.holder.is_some() && it.spec.volumes().any(|used| used == id))
-        };
+        let mut services = state.services.values();
         if !needed
             || volume.primary.is_some()
-            || wanted_elsewhere()
+            || services.any(|it| it.holder.is_some() && it.spec.uses(id))
             || !self.may_tend(me, state, volume)
         {
             self.untended.remove(&id);
@@ -376,12 +384,8 @@ impl Engines {
             if volume.in_sync.contains(node) {
                 return replica.leaving;
             }
-            let state = engine.status.peers.get(node).copied().unwrap_or_default();
-            let reached = !matches!(
-                state,
-                PeerState::Connecting | PeerState::StandAlone | PeerState::Following
-            );
-            reached && *node != me && replica.standing == ReplicaStanding::Ready
+            let lacks = engine.reaches(*node) && engine.peer(*node) != PeerState::Following;
+            lacks && *node != me && replica.standing == ReplicaStanding::Ready
         })
     }
 
@@ -395,10 +399,7 @@ impl Engines {
         let stays = volume.replicas.get(&me).is_some_and(|own| !own.leaving);
         let evicted = state.nodes.get(&me).is_none_or(|own| own.lease.evicted);
         let has_all = status.certain && status.disk == DiskState::UpToDate;
-        let away = |node: &NodeId| {
-            let state = status.peers.get(node).copied().unwrap_or_default();
-            *node != me && matches!(state, PeerState::Connecting | PeerState::StandAlone)
-        };
+        let away = |node: &NodeId| *node != me && !engine.reaches(*node);
         stays && !evicted && has_all && !volume.in_sync.iter().any(away)
     }
 

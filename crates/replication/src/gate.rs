@@ -40,7 +40,7 @@ pub(crate) struct Gate {
 impl Entry {
     fn conflicts(&self, blocks: BlockRange, access: Access) -> bool {
         let shared = self.access == Access::Shared && access == Access::Shared;
-        !shared && self.blocks.first < blocks.end() && blocks.first < self.blocks.end()
+        !shared && self.blocks.overlaps(&blocks)
     }
 }
 

@@ -129,8 +129,7 @@ impl Job {
 
     /// Whether it writes some of these blocks anew.
     pub(crate) fn heals(&self, blocks: BlockRange) -> bool {
-        let (one, other) = (self.blocks.bytes(), blocks.bytes());
-        self.healed.is_some() && one.overlaps(&other)
+        self.healed.is_some() && self.blocks.overlaps(&blocks)
     }
 
     fn is_from_peer(&self) -> bool {

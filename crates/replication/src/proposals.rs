@@ -279,8 +279,7 @@ impl Machine {
         }
         let change = match &self.role {
             Role::Secondary => None,
-            Role::Yielding if volume.tends => Some(VolumeChange::Demote { node: self.node() }),
-            Role::Yielding => return hand_over(volume, self.node()),
+            Role::Yielding => hand_over(volume, self.node()).map(|(_, change)| change),
             Role::Promoting(_) if self.stepping_down => {
                 Some(VolumeChange::Demote { node: self.node() })
             }

@@ -91,6 +91,12 @@ impl BlockRange {
         self.first.saturating_add(self.count)
     }
 
+    /// Whether the two runs share a block.
+    #[must_use]
+    pub const fn overlaps(&self, other: &Self) -> bool {
+        self.first < other.end() && other.first < self.end()
+    }
+
     /// The bytes of the run.
     #[must_use]
     pub const fn bytes(&self) -> ByteRange {

@@ -221,7 +221,6 @@ fn a_replica_outside_the_set_is_repaired() {
     assert_eq!(recorded(&world, B), [BlockRange::new(301, 1)]);
 }
 
-/// The primary is replaced before the log has what it found: that is told as such.
 #[test]
 fn a_repair_that_is_not_recorded_yet_is_not_taken_back_by_another_verification() {
     let mut world = World::mixed(&[Protocol::C, Protocol::A, Protocol::C], 1024);
@@ -247,6 +246,7 @@ fn a_repair_that_is_not_recorded_yet_is_not_taken_back_by_another_verification()
     assert_eq!(verified(&world, B).last(), Some(&(Vec::new(), None, false)));
 }
 
+/// The primary is replaced before the log has what it found: that is told as such.
 #[test]
 fn what_is_not_recorded_when_the_reign_ends_is_told_so() {
     let mut world = used(2);

@@ -252,7 +252,7 @@ fn giving_way(volume: &Volume, kept: NodeId) -> impl Iterator<Item = NodeId> {
 
 fn service_of(state: &ClusterState, volume: &Volume) -> Option<String> {
     let mut services = state.services.values();
-    let service = services.find(|service| service.spec.volumes().any(|v| v == volume.id))?;
+    let service = services.find(|service| service.spec.uses(volume.id))?;
     Some(service.spec.name.clone())
 }
 

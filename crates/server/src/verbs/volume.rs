@@ -89,10 +89,7 @@ impl Cluster {
         let state = self.state();
         let volume = find_volume(&state, name, &what)?;
         if let Some(primary) = volume.serving()
-            && !state
-                .services
-                .values()
-                .any(|s| s.spec.volumes().any(|v| v == volume.id))
+            && !state.services.values().any(|s| s.spec.uses(volume.id))
         {
             return Err(ApiError::new(
                 ErrorKind::Refused,
@@ -208,7 +205,7 @@ impl Cluster {
         if let Some(service) = state
             .services
             .values()
-            .find(|service| service.spec.volumes().any(|v| v == volume.id))
+            .find(|service| service.spec.uses(volume.id))
         {
             let service = &service.spec.name;
             return Err(ApiError::new(

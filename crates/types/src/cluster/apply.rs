@@ -445,10 +445,7 @@ impl ClusterState {
             .volumes
             .get(&id)
             .ok_or(Rejection::NoVolume { volume: id })?;
-        let user = self
-            .services
-            .values()
-            .find(|service| service.spec.volumes().any(|v| v == id));
+        let user = self.services.values().find(|service| service.spec.uses(id));
         if let Some(service) = user {
             return Err(Rejection::VolumeInUse {
                 volume: volume.name.clone(),
@@ -567,7 +564,7 @@ impl ClusterState {
     /// without a node that may have it, although nothing is broken any more.
     fn forget_failures(&mut self, volume: VolumeId, node: NodeId) {
         for service in self.services.values_mut() {
-            if service.spec.volumes().any(|used| used == volume) {
+            if service.spec.uses(volume) {
                 service.failures.remove(&node);
             }
         }

@@ -141,4 +141,10 @@ impl ServiceSpec {
             Part::Mount(_) | Part::Address(_) | Part::Process(_) => None,
         })
     }
+
+    /// Whether the service uses a volume.
+    #[must_use]
+    pub fn uses(&self, volume: VolumeId) -> bool {
+        self.volumes().any(|used| used == volume)
+    }
 }
