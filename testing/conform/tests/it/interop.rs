@@ -2,10 +2,10 @@
 
 use std::{
     fs,
-    path::Path,
+    io::ErrorKind,
     process::{Child, Command, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use relevo_export::{
@@ -29,19 +29,30 @@ impl Drop for Server {
     }
 }
 
-fn start(command: &mut Command, socket: &Path) -> Server {
-    let server = Server(command.stdin(Stdio::null()).spawn().unwrap());
-    for _ in 0..2000 {
-        if socket.exists() {
-            break;
+fn start(command: &mut Command) -> Server {
+    Server(command.stdin(Stdio::null()).spawn().unwrap())
+}
+
+/// Waits for the server: there is no socket yet, or one that nobody listens at yet.
+fn connect(address: &NbdAddr, export: &str) -> Client {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match Client::connect(address, export, LIMIT) {
+            Err(ClientError::Connect { error, .. })
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                ) && Instant::now() < deadline =>
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            connected => return connected.unwrap(),
         }
-        thread::sleep(Duration::from_millis(5));
     }
-    server
 }
 
 fn exercise(address: &NbdAddr, export: &str, expected: &mut [u8]) {
-    let mut client = Client::connect(address, export, LIMIT).unwrap();
+    let mut client = connect(address, export);
     assert_eq!(client.size(), SIZE as u64);
     let mut all = vec![0; SIZE];
     client.read(0, &mut all).unwrap();
@@ -78,7 +89,6 @@ fn our_client_on_qemu_nbd() {
         Command::new("qemu-nbd")
             .args(["--format=raw", "--persistent", "--export-name=disk", "-k"])
             .args([&socket, &image]),
-        &socket,
     );
     let address = NbdAddr::Unix(socket);
     exercise(&address, "disk", &mut content);
@@ -107,7 +117,6 @@ fn our_client_on_nbdkit() {
             .arg(&socket)
             .arg("file")
             .arg(&image),
-        &socket,
     );
     exercise(&NbdAddr::Unix(socket), "", &mut content);
     assert!(fs::read(&image).unwrap() == content);
