@@ -15,6 +15,7 @@ pub mod handle;
 mod link;
 mod nbd;
 mod owner;
+mod patience;
 mod poller;
 mod requests;
 mod saving;

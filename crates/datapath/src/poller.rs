@@ -2,6 +2,7 @@
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
+use relevo_disk::clock;
 use rustix::{
     buffer::spare_capacity,
     event::{
@@ -11,6 +12,8 @@ use rustix::{
     fd::AsFd,
     io::Errno,
 };
+
+use crate::patience::Patience;
 
 /// Events taken at once.
 const EVENTS_MAX: usize = 64;
@@ -41,6 +44,7 @@ pub(crate) struct Interest {
 pub(crate) struct Poller {
     epoll: OwnedFd,
     events: Vec<Event>,
+    patience: Patience,
 }
 
 impl Poller {
@@ -48,6 +52,7 @@ impl Poller {
         Ok(Self {
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             events: Vec::with_capacity(EVENTS_MAX),
+            patience: Patience::new(),
         })
     }
 
@@ -85,6 +90,22 @@ impl Poller {
 
     /// Waits and appends what is ready.
     pub(crate) fn wait(&mut self, timeout: Duration, ready: &mut Vec<Token>) -> io::Result<()> {
+        if timeout.is_zero() {
+            return self.look(timeout, ready);
+        }
+        let mut wait = self.patience.begin(clock::now());
+        while self.patience.looks(&mut wait, clock::now()) {
+            self.look(Duration::ZERO, ready)?;
+            if !ready.is_empty() {
+                return Ok(());
+            }
+        }
+        self.look(timeout, ready)?;
+        self.patience.slept(&wait, clock::now());
+        Ok(())
+    }
+
+    fn look(&mut self, timeout: Duration, ready: &mut Vec<Token>) -> io::Result<()> {
         self.events.clear();
         let timeout = Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
