@@ -5,7 +5,7 @@ use relevo_types::{
     cluster::{ClusterState, NodeKind, Volume},
 };
 
-use crate::{ReplicaView, Views};
+use crate::{ReplicaView, Views, placement};
 
 /// Whether a node can run a service.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -57,6 +57,18 @@ pub fn fitness(
     service: ServiceId,
     node: NodeId,
 ) -> Fitness {
+    judge(state, views, planner, service, node, true)
+}
+
+/// As [`fitness`]; with `with` false as if the service could be on any node, whatever it shall be together with.
+pub(crate) fn judge(
+    state: &ClusterState,
+    views: &Views,
+    planner: NodeId,
+    service: ServiceId,
+    node: NodeId,
+    with: bool,
+) -> Fitness {
     let never = |reason: String| Fitness::Never { reason };
     let unfit = |reason: String| Fitness::Unfit { reason };
     let (Some(member), Some(service)) = (state.nodes.get(&node), state.services.get(&service))
@@ -65,6 +77,9 @@ pub fn fitness(
     };
     if member.spec.kind == NodeKind::Witness {
         return never("is a witness".to_owned());
+    }
+    if let Some(reason) = placement::keeps_from(service, node) {
+        return never(reason);
     }
     let volumes: Vec<Option<&Volume>> = service
         .spec
@@ -81,6 +96,9 @@ pub fn fitness(
         }
     }
     if let Some(reason) = member_is_unfit(state, views, planner, node) {
+        return unfit(reason);
+    }
+    if let Some(reason) = placement::others_object(state, views, service, node, with) {
         return unfit(reason);
     }
     let mut rank = Rank::Certain;

@@ -8,7 +8,10 @@
 //! service, its holder gives it back and the planner then gives it to another node. Both judge
 //! nodes by the same [`fitness`].
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use relevo_types::{
     LeaseGeneration, NodeId, ServiceId, VolumeId,
@@ -18,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 mod fitness;
 mod nodes;
+mod placement;
 mod services;
 
 pub use fitness::{Fitness, Rank, fitness};
@@ -55,6 +59,10 @@ pub struct NodeView {
     pub leaving: bool,
     /// Its replicas as it reported them; missing: unknown.
     pub replicas: BTreeMap<VolumeId, ReplicaView>,
+    /// The services of which it reported that every part is active.
+    pub running: BTreeSet<ServiceId>,
+    /// Its memory in MiB as it reported it; `None`: unknown, nothing is refused for it.
+    pub memory_mib: Option<u64>,
 }
 
 /// What a node reports of its own replica of a volume.
@@ -109,7 +117,9 @@ pub fn plan(input: &PlanInput) -> Plan {
     for (id, view) in &input.nodes {
         nodes::plan_node(&mut draft, *id, view);
     }
-    let services: Vec<ServiceId> = input.state.services.keys().copied().collect();
+    // Whom others follow comes before them.
+    let mut services: Vec<ServiceId> = input.state.services.keys().copied().collect();
+    services.sort_by_cached_key(|id| (placement::steps_behind(&input.state, *id), *id));
     for service in services {
         services::plan_service(&mut draft, service, input);
     }

@@ -5,7 +5,12 @@ use relevo_types::{
     cluster::{ClusterState, Command, NodeKind, Service},
 };
 
-use crate::{Draft, Fitness, PlanInput, Rank, Views, fitness, listed};
+use crate::{
+    Draft, Fitness, PlanInput, Rank, Views, fitness,
+    fitness::judge,
+    listed,
+    placement::{self, named},
+};
 
 /// Finds a node for a service that nobody holds; explains what a held one waits for.
 pub(crate) fn plan_service(draft: &mut Draft, id: ServiceId, input: &PlanInput) {
@@ -36,6 +41,9 @@ pub fn should_release(
     if !service.enabled {
         return Some("it was stopped with `relevo service stop`".to_owned());
     }
+    if service.hold.is_some() {
+        return None;
+    }
     let judge = |node| fitness(state, views, me, service.id, node);
     if let Some(target) = service.target.filter(|target| *target != me)
         && matches!(judge(target), Fitness::Fit { .. })
@@ -45,15 +53,38 @@ pub fn should_release(
             state.node_name(target)
         ));
     }
-    let here = state.nodes.get(&me).filter(|here| here.standby)?;
-    let other = state
-        .nodes
-        .keys()
-        .find(|node| **node != me && matches!(judge(**node), Fitness::Fit { .. }))?;
+    for other in &service.placement.with {
+        let holder = state.services.get(other).and_then(|other| other.holder);
+        if let Some(holder) = holder.filter(|holder| *holder != me) {
+            return Some(format!(
+                "it shall run where {} does, and that is {} now",
+                named(state, *other),
+                state.node_name(holder)
+            ));
+        }
+    }
+    let why = misplaced(state, service, me)?;
+    let other = best(state, views, me, service, Some(me))?.node;
+    Some(format!("{why}, and {} can take it", state.node_name(other)))
+}
+
+/// Why a service should leave a node as soon as another one can take it.
+fn misplaced(state: &ClusterState, service: &Service, node: NodeId) -> Option<String> {
+    let here = state.nodes.get(&node)?;
+    if here.standby {
+        return Some(format!("{} is on standby", here.spec.name));
+    }
+    if let Some(reason) = placement::keeps_from(service, node) {
+        return Some(format!("{} {reason}", here.spec.name));
+    }
+    // Both came here before they were to be apart; the younger one goes.
+    let elder = state
+        .apart_from(service.id)
+        .find(|other| *other < service.id && state.services[other].holder == Some(node))?;
     Some(format!(
-        "{} is on standby, and {} can take it",
+        "{} runs {}, from which it is kept apart",
         here.spec.name,
-        state.node_name(*other)
+        named(state, elder)
     ))
 }
 
@@ -63,6 +94,9 @@ fn explain_held(draft: &mut Draft, service: &Service, holder: NodeId, input: &Pl
     let name = &service.spec.name;
     let here = state.node_name(holder);
     let judge = |node| fitness(state, &input.nodes, input.planner, service.id, node);
+    if service.hold.is_some() {
+        return;
+    }
     let reason = match service.target {
         Some(target) if target != holder => {
             let there = state.node_name(target);
@@ -79,22 +113,18 @@ fn explain_held(draft: &mut Draft, service: &Service, holder: NodeId, input: &Pl
                 )),
             }
         }
-        _ if state.nodes.get(&holder).is_some_and(|node| node.standby) => {
-            let fit =
-                |node: &&NodeId| **node != holder && matches!(judge(**node), Fitness::Fit { .. });
-            Some(match state.nodes.keys().find(fit) {
+        _ => misplaced(state, service, holder).map(|why| {
+            match best(state, &input.nodes, input.planner, service, Some(holder)) {
                 Some(to) => format!(
                     "{name}: waits for {here} to stop it, to go to {}",
-                    state.node_name(*to)
+                    state.node_name(to.node)
                 ),
                 None => format!(
-                    "{name}: stays on {here} though that is on standby, for no other node can \
-                     take it: {}",
+                    "{name}: stays on {here} though {why}, for no other node can take it: {}",
                     objections(draft, service, input, Some(holder))
                 ),
-            })
-        }
-        _ => None,
+            }
+        }),
     };
     if let Some(reason) = reason {
         draft.wait(Some(service.id), reason);
@@ -103,19 +133,38 @@ fn explain_held(draft: &mut Draft, service: &Service, holder: NodeId, input: &Pl
 
 /// A service without a holder: the best node gets it.
 fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
-    let judge = |node| fitness(&draft.state, &input.nodes, input.planner, service.id, node);
-    let mut fit: Vec<(bool, Rank, NodeId)> = Vec::new();
-    for node in draft.state.nodes.keys().copied() {
-        if let Fitness::Fit { rank } = judge(node) {
-            fit.push((service.target != Some(node), rank, node));
-        }
+    let name = &service.spec.name;
+    if let Some(why) = &service.hold {
+        let reason = format!(
+            "{name}: is held where it is ({why}), and that is nowhere; `relevo service unhold {name}` ends that"
+        );
+        draft.wait(Some(service.id), reason);
+        return;
     }
-    let Some((_, rank, node)) = fit.into_iter().min() else {
-        let reason = nowhere(draft, service, input);
+    if let Some(reason) = placement::waits_for(&draft.state, &input.nodes, service) {
+        draft.wait(Some(service.id), format!("{name}: {reason}"));
+        return;
+    }
+    let judge = |node| fitness(&draft.state, &input.nodes, input.planner, service.id, node);
+    let Some(Choice {
+        rank,
+        preference,
+        node,
+        ..
+    }) = best(&draft.state, &input.nodes, input.planner, service, None)
+    else {
+        let reason = match placement::followed(&draft.state, service) {
+            Some((other, there)) => format!(
+                "{name}: shall run where {} does, and {} {}",
+                named(&draft.state, other),
+                draft.state.node_name(there),
+                judge_in_words(&judge(there))
+            ),
+            None => nowhere(draft, service, input),
+        };
         draft.wait(Some(service.id), reason);
         return;
     };
-    let name = &service.spec.name;
     let there = draft.state.node_name(node);
     let mut reason = match rank {
         Rank::Certain => format!("{name}: {there} can run it"),
@@ -126,6 +175,12 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
              replica to differ from another one"
         ),
     };
+    if preference < service.placement.prefer.len() {
+        reason.push_str(match preference {
+            0 => ", and is the one that it prefers",
+            _ => ", and is preferred to others",
+        });
+    }
     match service.target {
         Some(target) if target == node => {
             reason = format!("{name}: it was asked for on {there}, which can run it");
@@ -151,6 +206,60 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
         },
         reason,
     );
+}
+
+/// What speaks for a node, the most important first: the least one is chosen.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Choice {
+    /// It is not where the administrator asked it to be.
+    not_wished: bool,
+    rank: Rank,
+    preference: usize,
+    /// Services that shall run on the same node and can't there.
+    left_behind: usize,
+    /// Services that it has.
+    busy: usize,
+    node: NodeId,
+}
+
+/// The best node for a service, one aside.
+fn best(
+    state: &ClusterState,
+    views: &Views,
+    planner: NodeId,
+    service: &Service,
+    except: Option<NodeId>,
+) -> Option<Choice> {
+    let followers = |node: NodeId| {
+        let unfit = |other: &&Service| {
+            let there = judge(state, views, planner, other.id, node, false);
+            !matches!(there, Fitness::Fit { .. })
+        };
+        let follow = |other: &&Service| other.enabled && other.placement.with.contains(&service.id);
+        let services = state.services.values();
+        services.filter(follow).filter(unfit).count()
+    };
+    let held = |node: NodeId| {
+        let services = state.services.values();
+        services.filter(|it| it.holder == Some(node)).count()
+    };
+    let nodes = state.nodes.keys().copied();
+    let choices = nodes
+        .filter(|node| Some(*node) != except)
+        .filter_map(|node| {
+            let Fitness::Fit { rank } = fitness(state, views, planner, service.id, node) else {
+                return None;
+            };
+            Some(Choice {
+                not_wished: service.target != Some(node),
+                rank,
+                preference: service.placement.preference(node),
+                left_behind: followers(node),
+                busy: held(node),
+                node,
+            })
+        });
+    choices.min()
 }
 
 fn judge_in_words(fitness: &Fitness) -> String {

@@ -153,6 +153,7 @@ impl Control {
                 name: "data".to_owned(),
                 parts,
             },
+            placement: Placement::default(),
             target: None,
         })?;
         self.snapshots = vec![Arc::new(self.state.clone())];

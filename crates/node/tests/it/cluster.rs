@@ -191,6 +191,7 @@ impl Cluster {
                 name: "mail".to_owned(),
                 parts: mail_parts(),
             },
+            placement: Placement::default(),
             target: None,
         });
         cluster.run(500);

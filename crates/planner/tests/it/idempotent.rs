@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use relevo_planner::{ReplicaView, plan};
-use relevo_types::{NodeId, cluster::Command};
+use relevo_types::{
+    NodeId,
+    cluster::{self, Command},
+};
 
 use crate::world::World;
 
@@ -27,6 +30,11 @@ struct Placement {
     holder: Option<u8>,
     target: Option<u8>,
     failed_on: u8,
+    /// Which nodes and services its rules name, a bit each.
+    rules: [u8; 6],
+    memory_mib: u64,
+    held: bool,
+    slow: bool,
 }
 
 fn view() -> impl Strategy<Value = View> {
@@ -59,12 +67,23 @@ fn placement() -> impl Strategy<Value = Placement> {
         proptest::option::of(0..3u8),
         proptest::option::of(0..3u8),
         0..8u8,
+        (
+            // Mostly nothing: else the control log refuses nearly all.
+            prop::array::uniform6(prop_oneof![3 => Just(0), 1 => 0..16u8]),
+            prop_oneof![1 => Just(0), 1 => 1..8u64],
+            prop::bool::weighted(0.1),
+            prop::bool::weighted(0.3),
+        ),
     )
-        .prop_map(|(enabled, holder, target, failed_on)| Placement {
+        .prop_map(|(enabled, holder, target, failed_on, place)| Placement {
             enabled,
             holder,
             target,
             failed_on,
+            rules: place.0,
+            memory_mib: place.1,
+            held: place.2,
+            slow: place.3,
         })
 }
 
@@ -73,9 +92,10 @@ fn build(views: &[View], placements: &[Placement], leaves: [u8; 2]) -> World {
     let mut world = World::new(&["a", "b", "c", "w:witness"]);
     world.add_volume("wide", &["a", "b", "c"]);
     world.add_volume("narrow", &["a", "b"]);
-    world.add_service("wide", &["wide"]);
-    world.add_service("narrow", &["narrow"]);
-    world.add_service("free", &[]);
+    world.add_service("wide", &["wide"], &[]);
+    world.add_service("narrow", &["narrow"], &[]);
+    world.add_service("free", &[], &[]);
+    world.add_service("small", &[], &[]);
     let nodes: Vec<NodeId> = world.state.nodes.keys().copied().collect();
     let chosen = |bits: u8| -> Vec<NodeId> {
         let picked = nodes.iter().enumerate().filter(|(i, _)| bits >> i & 1 == 1);
@@ -84,7 +104,45 @@ fn build(views: &[View], placements: &[Placement], leaves: [u8; 2]) -> World {
     // Whatever the control log accepts is a state that can be.
     let mut commands = Vec::new();
     let services: Vec<_> = world.state.services.keys().copied().collect();
-    for (service, placement) in services.into_iter().zip(placements) {
+    let named = |bits: u8| {
+        let picked = services.iter().enumerate();
+        picked
+            .filter(move |(i, _)| bits >> i & 1 == 1)
+            .map(|(_, id)| *id)
+    };
+    for (service, given) in services.iter().copied().zip(placements) {
+        let [prefer, only, never, with, apart, after] = given.rules;
+        let set = |placement: cluster::Placement| Command::SetPlacement { service, placement };
+        // Each rule on its own too: together they are refused more often.
+        let one = cluster::Placement {
+            memory_mib: given.memory_mib,
+            ..cluster::Placement::default()
+        };
+        let two = cluster::Placement {
+            prefer: chosen(prefer),
+            only: chosen(only).into_iter().collect(),
+            never: chosen(never).into_iter().collect(),
+            ..one.clone()
+        };
+        let three = cluster::Placement {
+            with: named(with).collect(),
+            apart: named(apart).collect(),
+            after: named(after).collect(),
+            ..one.clone()
+        };
+        let all = cluster::Placement {
+            with: three.with.clone(),
+            apart: three.apart.clone(),
+            after: three.after.clone(),
+            ..two.clone()
+        };
+        commands.extend([set(one), set(two), set(three), set(all)]);
+        if given.held {
+            let reason = Some("by hand".to_owned());
+            commands.push(Command::Hold { service, reason });
+        }
+    }
+    for (service, placement) in services.iter().copied().zip(placements) {
         for node in chosen(placement.failed_on) {
             commands.push(Command::Acquire { service, node });
             commands.push(Command::Release {
@@ -146,6 +204,7 @@ fn build(views: &[View], placements: &[Placement], leaves: [u8; 2]) -> World {
         view.heard_by = chosen(given.heard_by);
         view.heard_by.retain(|by| by != node);
         view.leaving = given.leaving;
+        view.memory_mib = (given.condemned_by % 4 > 0).then_some(8);
         for (volume, replica) in volumes.into_iter().zip(given.replicas) {
             let replica = match replica % 5 {
                 0 => ReplicaView::Certain,
@@ -157,6 +216,17 @@ fn build(views: &[View], placements: &[Placement], leaves: [u8; 2]) -> World {
             view.replicas.insert(volume, replica);
         }
     }
+    for (service, given) in services.iter().zip(placements) {
+        let holder = world.state.services[service].holder;
+        if let Some(holder) = holder.filter(|_| !given.slow) {
+            world
+                .views
+                .get_mut(&holder)
+                .unwrap()
+                .running
+                .insert(*service);
+        }
+    }
     world
 }
 
@@ -166,7 +236,7 @@ proptest! {
     #[test]
     fn a_plan_that_was_carried_out_leaves_nothing_to_do(
         views in prop::collection::vec(view(), 4),
-        placements in prop::collection::vec(placement(), 3),
+        placements in prop::collection::vec(placement(), 4),
         leaves in any::<[u8; 2]>(),
     ) {
         let mut world = build(&views, &placements, leaves);
@@ -187,6 +257,23 @@ proptest! {
                 }
                 prop_assert!(world.views[node].alive);
                 prop_assert!(!world.state.nodes[node].standby);
+                let service = &world.state.services[service];
+                prop_assert!(service.placement.allows(*node) && service.hold.is_none());
+                for other in world.state.apart_from(service.id) {
+                    prop_assert!(world.state.services[&other].holder != Some(*node));
+                }
+                for other in &service.placement.with {
+                    prop_assert!(world.state.services[other].holder == Some(*node));
+                }
+                for other in &service.placement.after {
+                    let holder = world.state.services[other].holder.expect("a holder");
+                    prop_assert!(world.views[&holder].running.contains(other));
+                }
+                if let Some(memory) = world.views[node].memory_mib {
+                    let needed = service.placement.memory_mib;
+                    let used = world.state.memory_used_mib(*node, service.id);
+                    prop_assert!(needed == 0 || used + needed <= memory);
+                }
             }
         }
         // Everything that should run and does not is explained.

@@ -13,12 +13,13 @@ use crate::world::World;
 struct Scenario {
     /// What this is about, in a sentence.
     story: String,
-    /// Names; `w:witness` for a witness. The last one plans.
+    /// Names; `w:witness` for a witness, `a:8000` for memory in MiB. The last one plans.
     nodes: Vec<String>,
     #[serde(default)]
     volumes: Vec<VolumeLine>,
     services: Vec<ServiceLine>,
     /// Moments, each with lines that happen together; then the planner settles.
+    #[serde(default)]
     moments: Vec<Moment>,
 }
 
@@ -35,6 +36,9 @@ struct ServiceLine {
     name: String,
     #[serde(default)]
     volumes: Vec<String>,
+    /// Rules of its placement: `prefer a b`, `with mail`, `memory 4096`.
+    #[serde(default)]
+    place: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -55,7 +59,11 @@ fn play(text: &str) -> String {
         world.add_volume(&volume.name, &strs(&volume.replicas));
     }
     for service in &scenario.services {
-        world.add_service(&service.name, &strs(&service.volumes));
+        world.add_service(
+            &service.name,
+            &strs(&service.volumes),
+            &strs(&service.place),
+        );
     }
     writeln!(world.log, "{}\n\nstart", scenario.story).unwrap();
     world.settle();
@@ -79,7 +87,7 @@ fn golden_scenarios() {
         .map(|entry| entry.unwrap().file_name())
         .collect();
     names.sort();
-    assert!(names.len() >= 20, "scenarios are missing from {root:?}");
+    assert!(names.len() >= 60, "scenarios are missing from {root:?}");
     let mut wrong = Vec::new();
     for name in names {
         let folder = root.join(&name);

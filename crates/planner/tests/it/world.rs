@@ -2,7 +2,7 @@
 //! do at once what they are told.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr},
     time::Duration,
@@ -12,8 +12,8 @@ use relevo_planner::{NodeView, Plan, PlanInput, ReplicaView, Views, plan, should
 use relevo_types::{
     BlockRange, ClusterId, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
     cluster::{
-        ClusterState, Command, Differs, JoinToken, NodeKind, NodePath, NodeSpec, Part, Ports,
-        ProcessPart, Proof, Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
+        ClusterState, Command, Differs, JoinToken, NodeKind, NodePath, NodeSpec, Part, Placement,
+        Ports, ProcessPart, Proof, Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
     },
 };
 
@@ -25,12 +25,15 @@ pub(crate) struct World {
     pub(crate) state: ClusterState,
     pub(crate) views: Views,
     pub(crate) log: String,
+    /// Services whose parts take their time: held, and not running.
+    slow: BTreeSet<ServiceId>,
 }
 
 fn node_spec(name: &str) -> NodeSpec {
     let (name, kind) = match name.split_once(':') {
         Some((name, "witness")) => (name, NodeKind::Witness),
-        _ => (name, NodeKind::Data),
+        Some((name, _memory)) => (name, NodeKind::Data),
+        None => (name, NodeKind::Data),
     };
     NodeSpec {
         name: name.to_owned(),
@@ -45,7 +48,7 @@ fn node_spec(name: &str) -> NodeSpec {
 }
 
 impl World {
-    /// A cluster of these nodes (`w:witness` for a witness), all well; the last one plans.
+    /// A cluster of these nodes (`w:witness` for a witness, `a:8000` for memory), all well; the last one plans.
     pub(crate) fn new(nodes: &[&str]) -> Self {
         let mut state = ClusterState::default();
         for (index, name) in nodes.iter().enumerate() {
@@ -87,9 +90,12 @@ impl World {
             state,
             views: BTreeMap::new(),
             log: String::new(),
+            slow: BTreeSet::new(),
         };
-        for id in ids {
-            world.views.insert(id, world.well(id));
+        for (id, name) in ids.into_iter().zip(nodes) {
+            let mut view = world.well(id);
+            view.memory_mib = name.split_once(':').and_then(|it| it.1.parse().ok());
+            world.views.insert(id, view);
         }
         world
     }
@@ -109,6 +115,8 @@ impl World {
                 .collect(),
             leaving: false,
             replicas: BTreeMap::new(),
+            running: BTreeSet::new(),
+            memory_mib: None,
         }
     }
 
@@ -164,8 +172,13 @@ impl World {
         }
     }
 
-    /// A service on volumes, with a process.
-    pub(crate) fn add_service(&mut self, name: &str, volumes: &[&str]) {
+    /// A service on volumes, with a process; its placement as words, `prefer a b` say.
+    pub(crate) fn add_service(&mut self, name: &str, volumes: &[&str], place: &[&str]) {
+        let mut placement = Placement::default();
+        for rule in place {
+            let words: Vec<&str> = rule.split_whitespace().collect();
+            self.rule(&mut placement, words[0], &words[1..]);
+        }
         let mut parts: Vec<Part> = volumes
             .iter()
             .map(|volume| {
@@ -186,8 +199,24 @@ impl World {
                 name: name.to_owned(),
                 parts,
             },
+            placement,
             target: None,
         });
+    }
+
+    fn rule(&self, placement: &mut Placement, rule: &str, words: &[&str]) {
+        let nodes = || words.iter().map(|name| self.node(name));
+        let services = || words.iter().map(|name| self.service(name)).collect();
+        match rule {
+            "prefer" => placement.prefer = nodes().collect(),
+            "only" => placement.only = nodes().collect(),
+            "never" => placement.never = nodes().collect(),
+            "with" => placement.with = services(),
+            "apart" => placement.apart = services(),
+            "after" => placement.after = services(),
+            "memory" => placement.memory_mib = words[0].parse().unwrap(),
+            other => panic!("what is the rule `{other}`?"),
+        }
     }
 
     pub(crate) fn must(&mut self, command: &Command) {
@@ -250,13 +279,26 @@ impl World {
                 self.view(node).replicas.insert(volume, standing);
             }
             ["planner", node] => self.planner = self.node(node),
+            ["memory", node, mib] => self.view(node).memory_mib = Some(mib.parse().unwrap()),
+            ["slow", service] => drop(self.slow.insert(self.service(service))),
+            ["ready", service] => drop(self.slow.remove(&self.service(service))),
+            ["refused", rest @ ..] => {
+                let command = self.read(rest, line);
+                let rejection = self.state.apply(&command).expect_err(line);
+                writeln!(self.log, "    {rejection}").unwrap();
+            }
             _ => self.command(&words, line),
         }
     }
 
     /// A line that is a command of the control log.
     fn command(&mut self, words: &[&str], line: &str) {
-        let command = match words {
+        let command = self.read(words, line);
+        self.must(&command);
+    }
+
+    fn read(&mut self, words: &[&str], line: &str) -> Command {
+        match words {
             ["leave", volume, nodes @ ..] => {
                 let nodes = nodes.iter().map(|name| self.node(name)).collect();
                 self.change(volume, VolumeChange::Leave { nodes })
@@ -306,9 +348,28 @@ impl World {
                     proof: Proof::Goodbye,
                 }
             }
+            ["place", service, rule, words @ ..] => {
+                let service = self.service(service);
+                let mut placement = self.state.services[&service].placement.clone();
+                self.rule(&mut placement, rule, words);
+                Command::SetPlacement { service, placement }
+            }
+            ["hold", service, reason @ ..] => Command::Hold {
+                service: self.service(service),
+                reason: Some(reason.join(" ")),
+            },
+            ["unhold", service] => Command::Hold {
+                service: self.service(service),
+                reason: None,
+            },
+            ["remove", service] => Command::RemoveService {
+                service: self.service(service),
+            },
+            ["remove-node", node] => Command::RemoveNode {
+                node: self.node(node),
+            },
             _ => panic!("what is `{line}`?"),
-        };
-        self.must(&command);
+        }
     }
 
     fn change(&self, volume: &str, change: VolumeChange) -> Command {
@@ -324,6 +385,7 @@ impl World {
     /// waited for.
     pub(crate) fn settle(&mut self) {
         for _ in 0..ROUNDS_MAX {
+            self.report_running();
             let Plan { actions, waits } = plan(&self.input());
             for action in &actions {
                 let words = self.words(&action.command);
@@ -349,6 +411,17 @@ impl World {
             }
         }
         panic!("the planner runs in circles:\n{}", self.log);
+    }
+
+    /// Each node tells which services run there.
+    fn report_running(&mut self) {
+        for (id, view) in &mut self.views {
+            let held =
+                self.state.services.values().filter(|service| {
+                    service.holder == Some(*id) && !self.slow.contains(&service.id)
+                });
+            view.running = held.map(|service| service.id).collect();
+        }
     }
 
     /// Holders that live give back what they should and promote what they need.

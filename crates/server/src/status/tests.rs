@@ -97,6 +97,7 @@ pub(crate) fn state() -> ClusterState {
                 }),
             ],
         },
+        placement: Placement::default(),
         target: None,
     });
     apply(Command::Acquire {

@@ -2,13 +2,13 @@
 
 mod lineages;
 mod replicas;
+mod services;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    ClusterState, Command, FailureRecord, LeaseStanding, Node, NodeKind, NodeSpec, Outcome, Part,
-    Proof, Rejection, Replica, ReplicaSpec, ReplicaStanding, Service, ServiceSpec, Volume,
-    VolumeChange, VolumeOptions,
+    ClusterState, Command, LeaseStanding, Node, NodeKind, NodeSpec, Outcome, Proof, Rejection,
+    Replica, ReplicaSpec, ReplicaStanding, Service, Volume, VolumeChange, VolumeOptions,
 };
 use crate::{
     BLOCK_SIZE, Epoch, LeaseGeneration, LineageId, NodeId, ReplicaSlot, ServiceId, VolumeId,
@@ -112,12 +112,33 @@ impl ClusterState {
                 expect,
                 change,
             } => self.change_volume(*volume, *expect, change),
-            Command::CreateService { spec, target } => self.create_service(spec, *target),
+            Command::CreateService {
+                spec,
+                placement,
+                target,
+            } => self.create_service(spec, placement, *target),
+            Command::SetPlacement { service, placement } => {
+                self.service_mut(*service)?;
+                self.check_placement(*service, placement)?;
+                self.service_mut(*service)?.placement = placement.clone();
+                Ok(Outcome::Done)
+            }
+            Command::Hold { service, reason } => {
+                self.service_mut(*service)?.hold.clone_from(reason);
+                Ok(Outcome::Done)
+            }
             Command::RemoveService { service } => {
                 if let Some(holder) = self.service_mut(*service)?.holder {
                     return Err(Rejection::ServiceHeld { holder });
                 }
+                if let Some(other) = self.needed_by(*service) {
+                    let needs = other.spec.name.clone();
+                    return Err(Rejection::ServiceNeeded { needs });
+                }
                 self.services.remove(service);
+                for other in self.services.values_mut() {
+                    other.placement.apart.remove(service);
+                }
                 Ok(Outcome::Done)
             }
             Command::EnableService { service, enabled } => {
@@ -161,7 +182,7 @@ impl ClusterState {
         self.nodes.get_mut(&node).ok_or(Rejection::NoNode { node })
     }
 
-    fn data_node(&self, id: NodeId) -> Result<&Node, Rejection> {
+    pub(super) fn data_node(&self, id: NodeId) -> Result<&Node, Rejection> {
         let node = self.nodes.get(&id).ok_or(Rejection::NoNode { node: id })?;
         match node.spec.kind {
             NodeKind::Data => Ok(node),
@@ -255,8 +276,19 @@ impl ClusterState {
                 "move it with `relevo volume replica move`, or remove it",
             ));
         }
+        let alone = BTreeSet::from([id]);
+        if let Some(service) = self.services.values().find(|it| it.placement.only == alone) {
+            return Err(in_use(
+                format!(
+                    "is the only one that service `{}` may run on",
+                    service.spec.name
+                ),
+                "change that with `relevo service place`",
+            ));
+        }
         self.nodes.remove(&id);
         for service in self.services.values_mut() {
+            service.placement.forget_node(id);
             service.failures.remove(&id);
             if service.target == Some(id) {
                 service.target = None;
@@ -270,7 +302,7 @@ impl ClusterState {
             let voters: BTreeSet<NodeId> = by
                 .iter()
                 .copied()
-                .filter(|voter| self.nodes.contains_key(voter))
+                .filter(|voter| self.nodes.get(voter).is_some_and(|node| node.voter))
                 .collect();
             let majority = self.majority();
             if voters.len() < majority {
@@ -567,137 +599,6 @@ impl ClusterState {
             if service.spec.uses(volume) {
                 service.failures.remove(&node);
             }
-        }
-    }
-
-    fn create_service(&mut self, spec: &ServiceSpec, target: Option<NodeId>) -> Applied {
-        check_name(&spec.name)?;
-        if self.service_named(&spec.name).is_some() {
-            return Err(taken("service", &spec.name));
-        }
-        if let Some(node) = target {
-            self.data_node(node)?;
-        }
-        self.check_parts(spec)?;
-        self.last_service += 1;
-        let id = ServiceId(self.last_service);
-        let service = Service {
-            id,
-            spec: spec.clone(),
-            enabled: true,
-            target,
-            holder: None,
-            failures: BTreeMap::new(),
-        };
-        self.services.insert(id, service);
-        Ok(Outcome::Service(id))
-    }
-
-    /// A volume, a mount point or an address belongs to one service; a mount comes after its
-    /// volume.
-    fn check_parts(&self, spec: &ServiceSpec) -> Result<(), Rejection> {
-        let bad = |why: String| Err(Rejection::BadService { why });
-        if spec.parts.is_empty() {
-            return bad(format!(
-                "service `{}` has no parts; give it at least one",
-                spec.name
-            ));
-        }
-        for (index, part) in spec.parts.iter().enumerate() {
-            let label = part.label();
-            let (before, rest) = spec.parts.split_at(index);
-            if rest[1..].iter().any(|other| other.conflicts(part)) {
-                return bad(format!("{label} is twice in service `{}`", spec.name));
-            }
-            for other in self.services.values() {
-                if other.spec.parts.iter().any(|theirs| theirs.conflicts(part)) {
-                    return bad(format!(
-                        "{label} belongs to service `{}` already",
-                        other.spec.name
-                    ));
-                }
-            }
-            match part {
-                Part::Volume(part) if !self.volumes.contains_key(&part.volume) => {
-                    return Err(Rejection::NoVolume {
-                        volume: part.volume,
-                    });
-                }
-                Part::Mount(mount) => {
-                    let has_device = before.iter().any(|earlier| {
-                        matches!(earlier, Part::Volume(v) if v.volume == mount.volume && v.device)
-                    });
-                    if !has_device {
-                        return bad(format!(
-                            "{label} needs volume {} as a block device earlier in the list",
-                            mount.volume
-                        ));
-                    }
-                }
-                Part::Process(process) if process.command.is_empty() => {
-                    return bad(format!(
-                        "a process of service `{}` has no command",
-                        spec.name
-                    ));
-                }
-                Part::Volume(_) | Part::Address(_) | Part::Process(_) => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn acquire(&mut self, service: ServiceId, node: NodeId) -> Applied {
-        if self.data_node(node)?.lease.evicted {
-            return Err(Rejection::Evicted { node });
-        }
-        let service = self.service_mut(service)?;
-        if let Some(holder) = service.holder {
-            return Err(Rejection::ServiceHeld { holder });
-        }
-        if !service.enabled {
-            return Err(Rejection::ServiceDisabled);
-        }
-        service.holder = Some(node);
-        Ok(Outcome::Done)
-    }
-
-    fn release(
-        &mut self,
-        service: ServiceId,
-        node: NodeId,
-        failure: Option<&str>,
-        disk: Option<VolumeId>,
-    ) -> Applied {
-        let service = self.service_mut(service)?;
-        if service.holder != Some(node) {
-            return Err(Rejection::NotHolder { node });
-        }
-        service.holder = None;
-        if let Some(reason) = failure {
-            let record = service
-                .failures
-                .entry(node)
-                .or_insert_with(|| FailureRecord {
-                    count: 0,
-                    reason: String::new(),
-                    disk,
-                });
-            record.disk = record.disk.filter(|failed| disk == Some(*failed));
-            record.count += 1;
-            reason.clone_into(&mut record.reason);
-        }
-        Ok(Outcome::Done)
-    }
-}
-
-impl Part {
-    /// Whether both claim the same thing, which only one service may have.
-    fn conflicts(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Volume(a), Self::Volume(b)) => a.volume == b.volume,
-            (Self::Mount(a), Self::Mount(b)) => a.mount_point == b.mount_point,
-            (Self::Address(a), Self::Address(b)) => a.address == b.address,
-            _ => false,
         }
     }
 }

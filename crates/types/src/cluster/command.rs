@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Differs, JoinToken, NodeKind, NodeSpec, ReplicaSpec, ServiceSpec, VolumeOptions};
+use super::{
+    Differs, JoinToken, NodeKind, NodeSpec, Placement, ReplicaSpec, ServiceSpec, VolumeOptions,
+};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
 };
@@ -143,8 +145,24 @@ pub enum Command {
     CreateService {
         /// What to run.
         spec: ServiceSpec,
+        /// Where it may and shall run.
+        placement: Placement,
         /// Where it shall run first, if that matters.
         target: Option<NodeId>,
+    },
+    /// Changes where a service may and shall run.
+    SetPlacement {
+        /// The service.
+        service: ServiceId,
+        /// All rules.
+        placement: Placement,
+    },
+    /// Leaves a service where it is from now on, or ends that.
+    Hold {
+        /// The service.
+        service: ServiceId,
+        /// Why; `None`: ends it.
+        reason: Option<String>,
     },
     /// Removes a service. Rejected while it is held.
     RemoveService {
@@ -395,6 +413,14 @@ pub enum Rejection {
     VolumeInUse { volume: String, service: String },
     #[error("{why}")]
     BadService { why: String },
+    #[error("node {node} may not have the service by its placement{}", apart.as_ref().map_or_else(String::new, |name| format!(": it runs `{name}`, from which it is kept apart")))]
+    PlacedElsewhere { node: NodeId, apart: Option<String> },
+    #[error("{why}; change `placement`")]
+    BadPlacement { why: String },
+    #[error(
+        "service `{needs}` names it in its placement (`with` or `after`); change that first with `relevo service place`"
+    )]
+    ServiceNeeded { needs: String },
     #[error("the service is held by node {holder}; stop it first")]
     ServiceHeld { holder: NodeId },
     #[error("node {node} does not hold the service")]

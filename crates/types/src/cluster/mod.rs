@@ -8,6 +8,7 @@ mod apply;
 mod command;
 mod differs;
 pub mod options;
+mod placement;
 mod service;
 mod state;
 #[cfg(test)]
@@ -18,6 +19,7 @@ pub use differs::{DIFFERS_RUNS_MAX, Differs};
 pub use options::{
     AfterSplitBrain, Congestion, Encryption, OnCongestion, PairProtocol, VolumeOptions,
 };
+pub use placement::Placement;
 pub use service::{
     AddressPart, FailureRecord, MountPart, Part, ProcessPart, Service, ServiceSpec, VolumePart,
 };

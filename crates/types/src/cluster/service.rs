@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::Placement;
 use crate::{NodeId, ServiceId, VolumeId};
 
 /// What an administrator runs.
@@ -15,6 +16,12 @@ pub struct Service {
     pub spec: ServiceSpec,
     /// Whether it shall run.
     pub enabled: bool,
+    /// Where it may and shall run.
+    #[serde(default)]
+    pub placement: Placement,
+    /// It is left where it is, also stopped where nobody holds it: why. Set and cleared by the administrator.
+    #[serde(default)]
+    pub hold: Option<String>,
     /// Where the administrator last asked it to be (`service move`). The planner prefers it.
     pub target: Option<NodeId>,
     /// The one node that may have parts of it active. Set only when nobody holds it; cleared by

@@ -272,6 +272,7 @@ fn eviction_needs_a_majority_and_takes_everything() {
     state
         .apply(&Command::CreateService {
             spec: service,
+            placement: Placement::default(),
             target: None,
         })
         .unwrap();
@@ -341,6 +342,7 @@ fn one_service_one_holder() {
             name: name.to_owned(),
             parts: vec![part.clone()],
         },
+        placement: Placement::default(),
         target: None,
     };
     state.apply(&service("one")).unwrap();
@@ -393,7 +395,11 @@ fn a_node_that_is_in_sync_again_may_have_the_service_again() {
         parts: vec![part],
     };
     state
-        .apply(&Command::CreateService { spec, target: None })
+        .apply(&Command::CreateService {
+            spec,
+            placement: Placement::default(),
+            target: None,
+        })
         .unwrap();
     state
         .apply(&Command::Acquire {
