@@ -14,9 +14,10 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use relevo_server::api::{
     AddReplicaRequest, ApiError, ClusterStatus, ConfirmRequest, CreateServiceRequest,
-    CreateVolumeRequest, Done, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest, LossStatus,
-    MetadataDump, MoveServiceRequest, OrderRequest, SOCKET_NAME, ServiceStatus, SetOptionsRequest,
-    StandbyRequest, Status, TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
+    CreateVolumeRequest, Done, Event, HoldRequest, InitAnswer, InitRequest, JoinAnswer,
+    JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PlacementRequest,
+    SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
+    TokenRequest, VolumeStatus, WaitSyncRequest, WhyAnswer,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -284,6 +285,37 @@ impl Client {
     /// See [`CliError`].
     pub async fn stop_service(&self, name: &str) -> Result<Done, CliError> {
         self.post(&format!("/v1/services/{}/stop", escape(name)))
+            .await
+    }
+
+    /// Changes where a service may and shall run.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn place_service(
+        &self,
+        name: &str,
+        request: &PlacementRequest,
+    ) -> Result<Done, CliError> {
+        let path = format!("/v1/services/{}/place", escape(name));
+        self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// Holds a service where it is, or ends that.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn hold_service(&self, name: &str, request: &HoldRequest) -> Result<Done, CliError> {
+        let path = format!("/v1/services/{}/hold", escape(name));
+        self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// Why a service is where it is.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn why(&self, name: &str) -> Result<WhyAnswer, CliError> {
+        self.get(&format!("/v1/services/{}/why", escape(name)))
             .await
     }
 

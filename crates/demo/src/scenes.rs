@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 use anyhow::Context as _;
 use relevo_server::api::{
     AddressRequest, CreateServiceRequest, CreateVolumeRequest, MountRequest, MoveServiceRequest,
-    PartRequest, ProcessRequest, ServiceState, VolumePartRequest,
+    PartRequest, PlacementRequest, ProcessRequest, ServiceState, VolumePartRequest,
 };
 
 use crate::{
@@ -469,6 +469,7 @@ fn service_request(lab: &Lab) -> CreateServiceRequest {
         }));
     }
     CreateServiceRequest {
+        placement: PlacementRequest::default(),
         name: NAME.to_owned(),
         on: Some("one".to_owned()),
         parts,

@@ -29,3 +29,4 @@ mod procfs;
 pub mod userns;
 
 pub use error::{HostError, Result};
+pub use procfs::memory_mib;

@@ -28,6 +28,8 @@ pub struct NodeConfig {
     /// The volumes of which a replica exists here. Those that the cluster removed while this
     /// process did not run get [`VolumeOrder::RemoveReplica`].
     pub local_replicas: BTreeSet<VolumeId>,
+    /// Memory of this machine in MiB, for services that need much; `None`: unknown.
+    pub memory_mib: Option<u64>,
 }
 
 /// What happens to a node.
@@ -239,6 +241,8 @@ pub struct Report {
     pub replicas: BTreeMap<VolumeId, ReplicaView>,
     /// The services that it holds or still stops.
     pub services: BTreeMap<ServiceId, ServiceSummary>,
+    /// Its memory in MiB, where it knows it.
+    pub memory_mib: Option<u64>,
     /// It is about to stop.
     pub leaving: bool,
 }

@@ -9,7 +9,7 @@ use relevo_types::{
     cluster::{ClusterState, Command, VolumeChange},
 };
 
-use crate::{Effect, Level, Node, NodeEvent, Subject};
+use crate::{Effect, Level, Node, NodeEvent, Phase, Subject, runner::Runner};
 
 /// The planner runs at every change of what it looks at; this often it runs in any case, so that
 /// a change that was overlooked costs no more than this.
@@ -27,13 +27,27 @@ impl Node {
             } else {
                 self.membership.silent_for(id, now)
             };
-            let (leaving, replicas) = if id == me {
-                (self.shutdown.is_some(), self.engines.replica_views())
+            let (leaving, replicas, running, memory_mib) = if id == me {
+                let runs = |runner: &&Runner| runner.phase == Phase::Running;
+                let running = self.runners.iter().filter(|(_, runner)| runs(runner));
+                (
+                    self.shutdown.is_some(),
+                    self.engines.replica_views(),
+                    running.map(|(id, _)| *id).collect(),
+                    self.config.memory_mib,
+                )
             } else {
-                self.reports
-                    .of(id)
-                    .map(|report| (report.leaving, report.replicas.clone()))
-                    .unwrap_or_default()
+                let told = self.reports.of(id).map(|report| {
+                    let services = report.services.iter();
+                    let running = services.filter(|(_, it)| it.phase == Phase::Running);
+                    (
+                        report.leaving,
+                        report.replicas.clone(),
+                        running.map(|(id, _)| *id).collect(),
+                        report.memory_mib,
+                    )
+                });
+                told.unwrap_or_default()
             };
             NodeView {
                 alive,
@@ -43,6 +57,8 @@ impl Node {
                 heard_by: self.membership.heard_by(id),
                 leaving,
                 replicas,
+                running,
+                memory_mib,
             }
         };
         state
@@ -200,6 +216,22 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
             };
             (Level::Info, Subject::Volume(*id), what)
         }
+        Command::SetPlacement { service: id, .. } => (
+            Level::Info,
+            Subject::Service(*id),
+            format!("where {} may and shall run was changed", service(id)),
+        ),
+        Command::Hold {
+            service: id,
+            reason,
+        } => (
+            Level::Info,
+            Subject::Service(*id),
+            match reason {
+                Some(reason) => format!("{} is held where it is: {reason}", service(id)),
+                None => format!("{} is held no more", service(id)),
+            },
+        ),
         Command::DiskRepaired { service: id, .. } => (
             Level::Info,
             Subject::Service(*id),

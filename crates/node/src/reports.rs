@@ -66,6 +66,7 @@ impl Node {
             number: self.reports.own.as_ref().map_or(0, |own| own.number),
             replicas: self.engines.replica_views(),
             services: services.collect(),
+            memory_mib: self.config.memory_mib,
             leaving: self.shutdown.is_some(),
         };
         let due = self.reports.next.is_none_or(|next| now >= next);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use relevo_planner::Wait;
+use relevo_planner::{Fitness, Wait, fitness};
 use relevo_types::{NodeId, ServiceId, Time};
 use serde::{Deserialize, Serialize};
 
@@ -62,5 +62,18 @@ impl Node {
             reports: self.reports.all(),
             leaving: self.shutdown.is_some(),
         }
+    }
+
+    /// Whether each node can run a service, as this node sees it: what the planner goes by, on the leader.
+    #[must_use]
+    pub fn verdicts(&self, now: Time, service: ServiceId) -> BTreeMap<NodeId, Fitness> {
+        let Some(state) = &self.state else {
+            return BTreeMap::new();
+        };
+        let views = self.views(now, state);
+        let nodes = state.nodes.keys().copied();
+        nodes
+            .map(|node| (node, fitness(state, &views, self.config.me, service, node)))
+            .collect()
     }
 }

@@ -4,11 +4,12 @@ use relevo_types::{
     NodeId, ServiceId,
     cluster::{ClusterState, NodeKind, Volume},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{ReplicaView, Views, placement};
 
 /// Whether a node can run a service.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Fitness {
     /// It can.
     Fit {
@@ -33,8 +34,20 @@ pub enum Fitness {
     },
 }
 
+impl Fitness {
+    /// In words, to follow the node's name: `can run it`.
+    #[must_use]
+    pub fn words(&self) -> String {
+        match self {
+            Self::Fit { .. } => "can run it".to_owned(),
+            Self::Failed { reason } => format!("gave it up ({reason})"),
+            Self::Unfit { reason } | Self::Never { reason } => reason.clone(),
+        }
+    }
+}
+
 /// How good a choice a node is, the best one first.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub enum Rank {
     /// All its replicas are known to be certain.
     Certain,

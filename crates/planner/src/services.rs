@@ -158,7 +158,7 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
                 "{name}: shall run where {} does, and {} {}",
                 named(&draft.state, other),
                 draft.state.node_name(there),
-                judge_in_words(&judge(there))
+                judge(there).words()
             ),
             None => nowhere(draft, service, input),
         };
@@ -187,7 +187,7 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
         }
         Some(target) => {
             // The wish is over: a service stays where it is until someone asks again.
-            let wish = judge_in_words(&judge(target));
+            let wish = judge(target).words();
             let gone = draft.state.node_name(target);
             draft.act(
                 Command::SetTarget {
@@ -260,14 +260,6 @@ fn best(
             })
         });
     choices.min()
-}
-
-fn judge_in_words(fitness: &Fitness) -> String {
-    match fitness {
-        Fitness::Fit { .. } => "can run it".to_owned(),
-        Fitness::Failed { reason } => format!("gave it up ({reason})"),
-        Fitness::Unfit { reason } | Fitness::Never { reason } => reason.clone(),
-    }
 }
 
 /// Why no node can run a service, and what a person can do.

@@ -7,6 +7,7 @@
 //! control log, also when this node itself shall do it.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
@@ -18,6 +19,7 @@ use anyhow::Context as _;
 use relevo_agents::{AddressKeeper, FAILURE_QUEUE, PartContext, PartRunner};
 use relevo_control::{ControlLog as _, ProposeError, RaftControl, RaftControlConfig};
 use relevo_node::{Input, NodeConfig};
+use relevo_planner::Fitness;
 use relevo_replication::io::promotion;
 use relevo_transport::{
     HeartbeatKey, HeartbeatSocket, HeartbeatSockets, RpcClient, RpcServer, Token, random,
@@ -198,6 +200,7 @@ impl Cluster {
             timing,
             condemned: facts.condemned().to_vec(),
             local_replicas: replicas.keys().copied().collect(),
+            memory_mib: relevo_host::memory_mib(),
         };
         let (hands, shutdown_done) = DaemonHands::new(HandsContext {
             facts,
@@ -391,6 +394,16 @@ impl Cluster {
             now: relevo_host::clock::now(),
             now_unix_ms: unix_ms(),
         })
+    }
+
+    /// Whether each node can run a service, as this node sees it.
+    pub(crate) async fn verdicts(&self, service: ServiceId) -> BTreeMap<NodeId, Fitness> {
+        self.inbox.verdicts(service).await
+    }
+
+    /// Whether this node leads the control log, and so decides.
+    pub(crate) fn leader(&self) -> Option<NodeId> {
+        *self.control.leader().borrow()
     }
 
     /// What a service is doing, as far as this node knows without asking.

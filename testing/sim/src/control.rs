@@ -11,8 +11,8 @@ use relevo_types::{
     ClusterId, Epoch, LineageId, NodeId, Sensitivity, VolumeId,
     cluster::{
         AddressPart, ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Outcome, Part,
-        Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume, VolumeChange,
-        VolumeOptions, VolumePart,
+        Placement, Ports, ProcessPart, Protocol, Rejection, ReplicaSpec, ServiceSpec, Volume,
+        VolumeChange, VolumeOptions, VolumePart,
     },
 };
 

@@ -11,6 +11,7 @@ mod saved;
 mod service;
 mod status;
 mod volume;
+mod why;
 
 use std::{future::Future, io::Write as _, path::PathBuf, process::ExitCode};
 
@@ -55,6 +56,8 @@ pub enum Verb {
     /// Replicated volumes
     #[command(subcommand)]
     Volume(volume::VolumeVerb),
+    /// Say why a service is where it is, and what speaks against each node
+    Why(why::WhyArgs),
     /// Services: what runs on one node and moves when that node fails
     #[command(subcommand)]
     Service(service::ServiceVerb),
@@ -132,6 +135,7 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         Verb::Events(args) => block_on(events::events(&context, args)),
         Verb::Volume(verb) => block_on(volume::run(&context, verb)),
         Verb::Service(verb) => block_on(service::run(&context, verb)),
+        Verb::Why(args) => block_on(why::why(&context, &args)),
         Verb::Primary(args) => block_on(role::primary(&context, args)),
         Verb::Secondary(args) => block_on(role::secondary(&context, args)),
         Verb::Attach(args) => block_on(order::give(&context, &args.volume, OrderRequest::Attach)),

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, process::ExitCo
 use clap::{ArgGroup, Args, Subcommand};
 use relevo_server::{
     api::{
-        AddressRequest, CreateServiceRequest, MountRequest, MoveServiceRequest, PartRequest,
-        ProcessRequest, VolumePartRequest,
+        AddressRequest, CreateServiceRequest, HoldRequest, MountRequest, MoveServiceRequest,
+        PartRequest, PlacementRequest, ProcessRequest, VolumePartRequest,
     },
     service_file,
 };
@@ -36,6 +36,26 @@ pub enum ServiceVerb {
         /// Name of the service
         name: String,
     },
+    /// Say where a service may and shall run; rules that are not given stay, `none` takes one back
+    Place {
+        /// Name of the service
+        name: String,
+        #[command(flatten)]
+        rules: PlacementArgs,
+    },
+    /// Leave a service where it is: nothing moves it, also not the death of its node
+    Hold {
+        /// Name of the service
+        name: String,
+        /// Why, for those who look at the status
+        #[arg(long, default_value = "by hand")]
+        reason: String,
+    },
+    /// Let the cluster move a service again
+    Unhold {
+        /// Name of the service
+        name: String,
+    },
     /// Move a service to another node (switchover)
     Move {
         /// Name of the service
@@ -49,6 +69,52 @@ pub enum ServiceVerb {
     },
 }
 
+/// Rules of where a service runs
+#[derive(Args, Debug, Default)]
+pub struct PlacementArgs {
+    /// Nodes that are preferred, the first one first: alfa,beta
+    #[arg(long, value_name = "NODES", value_delimiter = ',')]
+    prefer: Option<Vec<String>>,
+    /// The only nodes that may have it
+    #[arg(long, value_name = "NODES", value_delimiter = ',')]
+    only: Option<Vec<String>>,
+    /// Nodes that may not have it
+    #[arg(long, value_name = "NODES", value_delimiter = ',')]
+    never: Option<Vec<String>>,
+    /// Services on whose node it runs: it follows them
+    #[arg(long, value_name = "SERVICES", value_delimiter = ',')]
+    with: Option<Vec<String>>,
+    /// Services that never run on its node
+    #[arg(long, value_name = "SERVICES", value_delimiter = ',')]
+    apart: Option<Vec<String>>,
+    /// Services that have to run, anywhere, before it starts
+    #[arg(long, value_name = "SERVICES", value_delimiter = ',')]
+    after: Option<Vec<String>>,
+    /// Memory that it needs, 4GiB say: the services of a node need no more together than it has
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<String>,
+}
+
+impl PlacementArgs {
+    fn into_request(self) -> PlacementRequest {
+        // No node and no service is called that: a rule is taken back.
+        let names = |given: Option<Vec<String>>| {
+            given.map(|names| if names == ["none"] { Vec::new() } else { names })
+        };
+        PlacementRequest {
+            prefer: names(self.prefer),
+            only: names(self.only),
+            never: names(self.never),
+            with: names(self.with),
+            apart: names(self.apart),
+            after: names(self.after),
+            memory: self
+                .memory
+                .map(|size| if size == "none" { "0".to_owned() } else { size }),
+        }
+    }
+}
+
 /// `relevo service create`
 #[derive(Args, Debug)]
 #[command(group(ArgGroup::new("source").required(true).args(["name", "file"])))]
@@ -56,7 +122,7 @@ pub struct CreateArgs {
     /// Name of the service
     name: Option<String>,
     /// Read the whole service from a TOML file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "mount", "ip", "exec"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["volume", "mount", "ip", "exec", "PlacementArgs"])]
     file: Option<PathBuf>,
     /// Volume that the service uses
     #[arg(long, value_name = "VOLUME")]
@@ -102,6 +168,8 @@ pub struct CreateArgs {
     /// Node where it shall run first
     #[arg(long, value_name = "NODE")]
     on: Option<String>,
+    #[command(flatten)]
+    rules: PlacementArgs,
 }
 
 pub(super) async fn run(context: &Context, verb: ServiceVerb) -> Result<ExitCode, CliError> {
@@ -122,6 +190,24 @@ pub(super) async fn run(context: &Context, verb: ServiceVerb) -> Result<ExitCode
         ServiceVerb::Remove { name } => client.remove_service(&name).await?,
         ServiceVerb::Start { name } => client.start_service(&name).await?,
         ServiceVerb::Stop { name } => client.stop_service(&name).await?,
+        ServiceVerb::Place { name, rules } => {
+            let request = rules.into_request();
+            if request == PlacementRequest::default() {
+                return Err(CliError::Input(
+                    "no rule was given: `relevo service place --help` lists them, `relevo why` shows those in force"
+                        .to_owned(),
+                ));
+            }
+            client.place_service(&name, &request).await?
+        }
+        ServiceVerb::Hold { name, reason } => {
+            let reason = Some(reason);
+            client.hold_service(&name, &HoldRequest { reason }).await?
+        }
+        ServiceVerb::Unhold { name } => {
+            let request = HoldRequest { reason: None };
+            client.hold_service(&name, &request).await?
+        }
         ServiceVerb::Move { name, to, .. } => {
             client
                 .move_service(&name, &MoveServiceRequest { to })
@@ -179,6 +265,7 @@ impl CreateArgs {
         Ok(CreateServiceRequest {
             name: self.name.unwrap_or_default(),
             on: self.on,
+            placement: self.rules.into_request(),
             parts,
         })
     }

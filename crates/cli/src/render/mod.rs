@@ -7,10 +7,12 @@ mod metadata;
 mod status;
 #[cfg(test)]
 mod tests;
+mod why;
 
 pub use lists::{event_line, saved_list, service_list, volume_list};
 pub use metadata::metadata;
 pub use status::status;
+pub use why::why;
 
 /// What may be lost by a decision, for whoever is asked to confirm it.
 #[must_use]

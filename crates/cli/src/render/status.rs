@@ -299,6 +299,15 @@ impl Page {
                 ),
             );
         }
+        if let Some(reason) = &service.hold {
+            self.line(
+                4,
+                &format!(
+                    "held where it is: {reason}; `relevo service unhold {}` ends that",
+                    service.name
+                ),
+            );
+        }
         if let Some(wait) = &service.wait {
             self.wait(4, wait);
         }

@@ -17,8 +17,9 @@ use relevo_types::{
     ClusterId, Epoch, Instance, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, Time,
     VolumeId,
     cluster::{
-        AddressPart, ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Part, Ports,
-        ProcessPart, Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
+        AddressPart, ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Part,
+        Placement, Ports, ProcessPart, Protocol, ReplicaSpec, ServiceSpec, VolumeChange,
+        VolumePart,
     },
 };
 
@@ -247,6 +248,7 @@ impl Cluster {
             timing: Sensitivity::Normal.timing(),
             condemned: self.condemned.get(&id).cloned().unwrap_or_default(),
             local_replicas,
+            memory_mib: None,
         };
         let machine = Machine {
             node: Node::new(config, ms(self.now)),

@@ -56,6 +56,7 @@ fn lone(local: &[u32]) -> Node {
         instance: Instance(1),
         timing: Sensitivity::Normal.timing(),
         condemned: Vec::new(),
+        memory_mib: None,
         local_replicas: local
             .iter()
             .map(|id| VolumeId(*id))

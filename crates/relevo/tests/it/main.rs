@@ -8,5 +8,6 @@ mod daemons;
 mod demo;
 mod large;
 mod metadata;
+mod placement;
 mod resync;
 mod tidy;

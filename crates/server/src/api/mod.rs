@@ -14,16 +14,16 @@ pub use error::{ApiError, ErrorKind};
 pub use metadata::{ActivityLogDump, BitmapDump, MetadataDump, SuperblockDump, SuperblockSlot};
 pub use request::{
     AddReplicaRequest, AddressRequest, ConfirmRequest, CreateServiceRequest, CreateVolumeRequest,
-    Done, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MountRequest, MoveServiceRequest,
-    NodeRequest, OrderRequest, PartRequest, PathRequest, ProcessRequest, ReplicaRequest,
-    SetOptionsRequest, StandbyRequest, TokenAnswer, TokenRequest, VolumePartRequest,
-    WaitSyncRequest,
+    Done, HoldRequest, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MountRequest,
+    MoveServiceRequest, NodeRequest, OrderRequest, PartRequest, PathRequest, PlacementRequest,
+    ProcessRequest, ReplicaRequest, SetOptionsRequest, StandbyRequest, TokenAnswer, TokenRequest,
+    VolumePartRequest, WaitSyncRequest,
 };
 pub use status::{
     ClusterStatus, DaemonStatus, DiffersStatus, Event, EventKind, EventLevel, FailureStatus,
     Health, LeaseStatus, LossStatus, NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus,
     ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, StateChange, Status, VolumeStatus,
-    WaitStatus,
+    WaitStatus, WhyAnswer, WhyNode,
 };
 
 /// Name of the socket within the state directory.

@@ -238,8 +238,40 @@ pub struct CreateServiceRequest {
     /// Node where it shall run first.
     #[serde(default)]
     pub on: Option<String>,
+    /// Where it may and shall run.
+    #[serde(default)]
+    pub placement: PlacementRequest,
     /// Its parts, started first to last, stopped last to first.
     pub parts: Vec<PartRequest>,
+}
+
+/// `POST /v1/services/{name}/place`: where a service may and shall run. A rule that is not given stays as it
+/// is; an empty list takes it back.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlacementRequest {
+    /// Nodes that are preferred, the first one first.
+    pub prefer: Option<Vec<String>>,
+    /// The only nodes that may have it.
+    pub only: Option<Vec<String>>,
+    /// Nodes that may not have it.
+    pub never: Option<Vec<String>>,
+    /// Services on whose node it runs.
+    pub with: Option<Vec<String>>,
+    /// Services on whose node it does not run.
+    pub apart: Option<Vec<String>>,
+    /// Services that have to run before it starts.
+    pub after: Option<Vec<String>>,
+    /// Memory that it needs: `4GiB`. `0`: not worth counting.
+    pub memory: Option<String>,
+}
+
+/// `POST /v1/services/{name}/hold`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HoldRequest {
+    /// Why it is held; `None`: it is held no more.
+    pub reason: Option<String>,
 }
 
 /// A part of a service that is asked for.

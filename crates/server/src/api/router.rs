@@ -16,9 +16,10 @@ use tokio::sync::broadcast;
 
 use super::{
     AddReplicaRequest, ApiError, ClusterStatus, ConfirmRequest, CreateServiceRequest,
-    CreateVolumeRequest, Done, ErrorKind, Event, InitAnswer, InitRequest, JoinAnswer, JoinRequest,
-    LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, ServiceStatus, SetOptionsRequest,
-    StandbyRequest, Status, TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest,
+    CreateVolumeRequest, Done, ErrorKind, Event, HoldRequest, InitAnswer, InitRequest, JoinAnswer,
+    JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PlacementRequest,
+    ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer, TokenRequest,
+    VolumeStatus, WaitSyncRequest, WhyAnswer,
 };
 use crate::app::App;
 
@@ -57,6 +58,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/services/{name}/start", post(start_service))
         .route("/v1/services/{name}/stop", post(stop_service))
         .route("/v1/services/{name}/move", post(move_service))
+        .route("/v1/services/{name}/place", post(place_service))
+        .route("/v1/services/{name}/hold", post(hold_service))
+        .route("/v1/services/{name}/why", get(why_service))
         .route("/v1/nodes/{name}/standby", post(set_standby))
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
@@ -254,6 +258,30 @@ async fn move_service(
     let request: MoveServiceRequest = body(&bytes)?;
     let cluster = app.running()?;
     to_the_end(async move { cluster.move_service(&name, request.to.as_deref()).await }).await
+}
+
+async fn place_service(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: PlacementRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.place_service(&name, &request).await }).await
+}
+
+async fn hold_service(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: HoldRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.hold_service(&name, request.reason).await }).await
+}
+
+async fn why_service(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<WhyAnswer> {
+    app.running()?.why(&name).await.map(Json)
 }
 
 async fn set_standby(

@@ -286,12 +286,44 @@ pub struct ServiceStatus {
     pub node: Option<String>,
     /// Where the administrator asked it to be.
     pub target: Option<String>,
+    /// Where it may and shall run: `prefer beta alfa`, a rule each.
+    #[serde(default)]
+    pub placement: Vec<String>,
+    /// Why it is held where it is, if it is.
+    #[serde(default)]
+    pub hold: Option<String>,
     /// Its parts.
     pub parts: Vec<PartStatus>,
     /// Nodes that gave it up.
     pub failures: Vec<FailureStatus>,
     /// What it waits for.
     pub wait: Option<WaitStatus>,
+}
+
+/// `GET /v1/services/{name}/why`: why a service is where it is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WhyAnswer {
+    /// The service.
+    pub service: ServiceStatus,
+    /// The node that judged, and whether it is the one that decides: the leader of the control log.
+    pub judged_by: String,
+    /// Whether it decides.
+    pub decides: bool,
+    /// What is to be said of each node.
+    pub nodes: Vec<WhyNode>,
+}
+
+/// A node and a service.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WhyNode {
+    /// Its name.
+    pub node: String,
+    /// It has the service.
+    pub has_it: bool,
+    /// It could run it, now.
+    pub can: bool,
+    /// In words, to follow the node's name.
+    pub verdict: String,
 }
 
 /// What a service is doing.

@@ -19,9 +19,10 @@ use relevo_node::{
     Effect, Input, Node, NodeConfig, NodeEvent, NodeStatus, PartOrder, ProposalId, Report,
     VolumeOrder,
 };
+use relevo_planner::Fitness;
 use relevo_transport::{HeartbeatSockets, HeartbeatWaker};
 use relevo_types::{
-    LeaseGeneration, NodeId, Time, VolumeId,
+    LeaseGeneration, NodeId, ServiceId, Time, VolumeId,
     cluster::{ClusterState, Command},
 };
 use tokio::sync::oneshot;
@@ -53,6 +54,7 @@ pub(crate) trait Hands: Send {
 enum Message {
     Input(Box<Input>),
     Status(oneshot::Sender<NodeStatus>),
+    Verdicts(ServiceId, oneshot::Sender<BTreeMap<NodeId, Fitness>>),
     Stop,
 }
 
@@ -75,6 +77,13 @@ impl NodeInbox {
         let (answer, status) = oneshot::channel();
         self.send(Message::Status(answer));
         status.await.ok()
+    }
+
+    /// Whether each node can run a service; empty when the loop has ended.
+    pub(crate) async fn verdicts(&self, service: ServiceId) -> BTreeMap<NodeId, Fitness> {
+        let (answer, verdicts) = oneshot::channel();
+        self.send(Message::Verdicts(service, answer));
+        verdicts.await.unwrap_or_default()
     }
 
     /// Ends the loop.
@@ -180,6 +189,10 @@ impl<H: Hands> NodeLoop<H> {
                 }
                 // A caller that hung up needs no answer.
                 Ok(Message::Status(answer)) => drop(answer.send(self.node.status())),
+                Ok(Message::Verdicts(service, answer)) => {
+                    let now = relevo_host::clock::now();
+                    drop(answer.send(self.node.verdicts(now, service)));
+                }
                 Ok(Message::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
             }

@@ -400,6 +400,8 @@ impl Sources<'_> {
             state,
             node: service.holder.map(|node| self.state.node_name(node)),
             target: service.target.map(|node| self.state.node_name(node)),
+            placement: service.placement.words(self.state),
+            hold: service.hold.clone(),
             parts: parts.collect(),
             failures: service
                 .failures

@@ -7,8 +7,8 @@ use relevo_node::{NodeStatus as Observed, Phase, ServiceStatus as Running};
 use relevo_types::{
     ClusterId, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, Time, VolumeId,
     cluster::{
-        ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Part, Ports, ProcessPart,
-        Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
+        ClusterState, Command, JoinToken, NodeKind, NodePath, NodeSpec, Part, Placement, Ports,
+        ProcessPart, Protocol, ReplicaSpec, ServiceSpec, VolumeChange, VolumePart,
     },
 };
 

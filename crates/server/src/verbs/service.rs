@@ -5,12 +5,12 @@ use std::{net::IpAddr, time::Duration};
 use relevo_types::{
     NodeId, ServiceId, VolumeId,
     cluster::{
-        AddressPart, ClusterState, Command, MountPart, Outcome, Part, ProcessPart, Protocol,
-        Service, ServiceSpec, VolumePart,
+        AddressPart, ClusterState, Command, MountPart, Outcome, Part, Placement, ProcessPart,
+        Protocol, Service, ServiceSpec, VolumePart,
     },
 };
 
-use super::{Found, WAIT, find_node, find_service, find_volume};
+use super::{Found, WAIT, find_node, find_service, find_volume, placement::changed};
 use crate::{
     api::{
         AddressRequest, ApiError, CreateServiceRequest, Done, ErrorKind, PartRequest, ServiceState,
@@ -42,7 +42,12 @@ impl Cluster {
             Some(node) => Some(find_node(&state, node, &what)?),
             None => None,
         };
-        let command = Command::CreateService { spec, target };
+        let placement = changed(&state, &Placement::default(), &request.placement, &what)?;
+        let command = Command::CreateService {
+            spec,
+            placement,
+            target,
+        };
         let Outcome::Service(id) = self.change(&what, command).await? else {
             return Err(ApiError::new(
                 ErrorKind::Internal,

@@ -49,6 +49,35 @@ impl Placement {
         place.unwrap_or(self.prefer.len())
     }
 
+    /// Its rules as an administrator writes them, with names: `prefer beta alfa`.
+    #[must_use]
+    pub fn words(&self, state: &ClusterState) -> Vec<String> {
+        fn nodes<'a>(state: &ClusterState, ids: impl Iterator<Item = &'a NodeId>) -> Vec<String> {
+            ids.map(|id| state.node_name(*id)).collect()
+        }
+        let services = |ids: &BTreeSet<ServiceId>| -> Vec<String> {
+            let known = ids.iter().map(|id| (id, state.services.get(id)));
+            known
+                .map(|(id, service)| service.map_or(id.to_string(), |it| it.spec.name.clone()))
+                .collect()
+        };
+        let memory = (self.memory_mib > 0).then(|| format!("{}MiB", self.memory_mib));
+        let rules = [
+            ("prefer", nodes(state, self.prefer.iter())),
+            ("only", nodes(state, self.only.iter())),
+            ("never", nodes(state, self.never.iter())),
+            ("with", services(&self.with)),
+            ("apart", services(&self.apart)),
+            ("after", services(&self.after)),
+            ("memory", memory.into_iter().collect()),
+        ];
+        rules
+            .into_iter()
+            .filter(|(_, names)| !names.is_empty())
+            .map(|(rule, names)| format!("{rule} {}", names.join(" ")))
+            .collect()
+    }
+
     /// The services that it can't do without.
     fn needs(&self) -> impl Iterator<Item = ServiceId> + '_ {
         self.with.iter().chain(&self.after).copied()

@@ -80,6 +80,7 @@ impl Cluster {
             instance: Instance(self.chance.node.id()),
             timing: self.scenario.sensitivity.timing(),
             condemned: self.machines[node].kept.condemned.clone(),
+            memory_mib: None,
             local_replicas: (node < self.scenario.data_nodes)
                 .then_some(VOLUME)
                 .into_iter()

@@ -1,0 +1,48 @@
+//! `why` as text.
+
+use relevo_server::api::WhyAnswer;
+
+use super::lists::service_state;
+
+/// Why a service is where it is.
+#[must_use]
+pub fn why(answer: &WhyAnswer) -> String {
+    let service = &answer.service;
+    let place = match &service.node {
+        Some(node) => format!("{} on {node}", service_state(service.state)),
+        None => service_state(service.state).to_owned(),
+    };
+    let mut lines = vec![format!("{}  {place}", service.name)];
+    lines.push(if service.placement.is_empty() {
+        "  rules   none: any node that can".to_owned()
+    } else {
+        format!("  rules   {}", service.placement.join("; "))
+    });
+    if let Some(reason) = &service.hold {
+        lines.push(format!("  held    where it is: {reason}"));
+    }
+    if let Some(target) = &service.target {
+        lines.push(format!("  wished  on {target}"));
+    }
+    if let Some(wait) = &service.wait {
+        lines.push(format!("  waits   {}", wait.why));
+    }
+    let width = answer.nodes.iter().map(|it| it.node.len()).max();
+    for node in &answer.nodes {
+        let has_it = if node.has_it { "has it, and " } else { "" };
+        lines.push(format!(
+            "  {:width$}  {has_it}{}",
+            node.node,
+            node.verdict,
+            width = width.unwrap_or(0)
+        ));
+    }
+    if !answer.decides {
+        lines.push(format!(
+            "  This is how {} sees it; the leader of the control log decides.",
+            answer.judged_by
+        ));
+    }
+    lines.push(String::new());
+    lines.join("\n")
+}

@@ -1,0 +1,135 @@
+//! Where services run: rules, holding, and why.
+
+use relevo_planner::Fitness;
+use relevo_types::{
+    NodeId, ServiceId,
+    cluster::{ClusterState, Command, Placement},
+    size::parse_size,
+};
+
+use super::{find_node, find_service};
+use crate::{
+    api::{ApiError, Done, ErrorKind, PlacementRequest, WhyAnswer, WhyNode},
+    cluster::Cluster,
+};
+
+impl Cluster {
+    /// Changes where a service may and shall run.
+    pub(crate) async fn place_service(
+        &self,
+        name: &str,
+        request: &PlacementRequest,
+    ) -> Result<Done, ApiError> {
+        let what = format!("the placement of service `{name}` was not changed");
+        let state = self.state();
+        let service = find_service(&state, name, &what)?;
+        let placement = changed(&state, &service.placement, request, &what)?;
+        let rules = placement.words(&state);
+        let service = service.id;
+        self.change(&what, Command::SetPlacement { service, placement })
+            .await?;
+        Ok(Done {
+            done: if rules.is_empty() {
+                format!("Service {name} may run on any node that can.")
+            } else {
+                format!("Service {name}: {}.", rules.join("; "))
+            },
+        })
+    }
+
+    /// Holds a service where it is, or ends that.
+    pub(crate) async fn hold_service(
+        &self,
+        name: &str,
+        reason: Option<String>,
+    ) -> Result<Done, ApiError> {
+        let what = format!("service `{name}` is as it was");
+        let service = find_service(&self.state(), name, &what)?.id;
+        let done = match &reason {
+            Some(_) => format!(
+                "Service {name} is held: nothing moves it, also not the death of its node; `relevo service unhold {name}` ends that."
+            ),
+            None => format!("Service {name} is held no more."),
+        };
+        self.change(&what, Command::Hold { service, reason })
+            .await?;
+        Ok(Done { done })
+    }
+
+    /// Why a service is where it is.
+    pub(crate) async fn why(&self, name: &str) -> Result<WhyAnswer, ApiError> {
+        let what = format!("nothing can be said of service `{name}`");
+        let state = self.state();
+        let id = find_service(&state, name, &what)?.id;
+        let status = self.status().await;
+        let service = status.services.into_iter().find(|it| it.name == name);
+        let service = service.ok_or_else(|| {
+            ApiError::new(ErrorKind::NotFound, what, "it was removed meanwhile", "")
+        })?;
+        let holder = state.services.get(&id).and_then(|service| service.holder);
+        let verdicts = self.verdicts(id).await;
+        let nodes = verdicts.iter().map(|(node, fitness)| WhyNode {
+            node: state.node_name(*node),
+            has_it: holder == Some(*node),
+            can: matches!(fitness, Fitness::Fit { .. }),
+            verdict: fitness.words(),
+        });
+        Ok(WhyAnswer {
+            service,
+            judged_by: state.node_name(self.me()),
+            decides: self.leader() == Some(self.me()),
+            nodes: nodes.collect(),
+        })
+    }
+}
+
+/// A placement with the rules that a request gives.
+pub(super) fn changed(
+    state: &ClusterState,
+    placement: &Placement,
+    request: &PlacementRequest,
+    what: &str,
+) -> Result<Placement, ApiError> {
+    let nodes = |names: &Option<Vec<String>>| -> Result<Option<Vec<NodeId>>, ApiError> {
+        let found = names.as_ref().map(|names| {
+            let ids = names.iter().map(|name| find_node(state, name, what));
+            ids.collect()
+        });
+        found.transpose()
+    };
+    let services = |names: &Option<Vec<String>>| -> Result<Option<Vec<ServiceId>>, ApiError> {
+        let found = names.as_ref().map(|names| {
+            let ids = names.iter().map(|name| find_service(state, name, what));
+            ids.map(|found| found.map(|service| service.id)).collect()
+        });
+        found.transpose()
+    };
+    let mut new = placement.clone();
+    if let Some(prefer) = nodes(&request.prefer)? {
+        new.prefer = prefer;
+    }
+    for (rule, names) in [
+        (&mut new.only, &request.only),
+        (&mut new.never, &request.never),
+    ] {
+        if let Some(given) = nodes(names)? {
+            *rule = given.into_iter().collect();
+        }
+    }
+    for (rule, names) in [
+        (&mut new.with, &request.with),
+        (&mut new.apart, &request.apart),
+        (&mut new.after, &request.after),
+    ] {
+        if let Some(given) = services(names)? {
+            *rule = given.into_iter().collect();
+        }
+    }
+    if let Some(memory) = &request.memory {
+        let bytes = parse_size(memory).map_err(|why| {
+            ApiError::new(ErrorKind::BadRequest, what, why, "write for example 4GiB")
+        })?;
+        new.memory_mib = bytes.div_ceil(1 << 20);
+    }
+    Ok(new)
+}
