@@ -29,6 +29,10 @@ pub struct Node {
     pub(crate) membership: Membership,
     pub(crate) state: Option<Arc<ClusterState>>,
     pub(crate) leader: Option<NodeId>,
+    /// When this node began to lead, and what the cluster's clock was then.
+    pub(crate) leads_since: Option<(Time, u64)>,
+    /// Since when services could be on a node that they prefer, by the cluster's clock.
+    pub(crate) better_since: BTreeMap<ServiceId, (NodeId, u64)>,
     pub(crate) engines: Engines,
     pub(crate) runners: BTreeMap<ServiceId, Runner>,
     pub(crate) proposals: Proposals,
@@ -62,6 +66,8 @@ impl Node {
             membership,
             state: None,
             leader: None,
+            leads_since: None,
+            better_since: BTreeMap::new(),
             engines: Engines::new(config.local_replicas.clone()),
             runners: BTreeMap::new(),
             proposals: Proposals::default(),
@@ -216,7 +222,11 @@ impl Node {
         }
         self.leader = leader;
         self.waits.clear();
+        self.better_since.clear();
+        self.leads_since = None;
         if leader == Some(self.config.me) {
+            let clock_s = self.state.as_ref().map_or(0, |state| state.clock_s);
+            self.leads_since = Some((now, clock_s));
             self.next_plan = now;
             out.push(Effect::Event(NodeEvent {
                 level: Level::Info,

@@ -68,6 +68,12 @@ impl Node {
             .collect()
     }
 
+    /// The cluster's clock: as far as the log had it when this node began to lead, and the time since.
+    fn cluster_clock(&self, now: Time) -> u64 {
+        self.leads_since
+            .map_or(0, |(since, clock_s)| clock_s + now.since(since).as_secs())
+    }
+
     /// Plans and proposes, on the leader.
     pub(crate) fn plan(
         &mut self,
@@ -85,11 +91,23 @@ impl Node {
             return;
         }
         self.next_plan = now + PLAN_INTERVAL;
-        let Plan { actions, waits } = plan(&PlanInput {
+        let now_s = self.cluster_clock(now);
+        let Plan {
+            actions,
+            waits,
+            better,
+        } = plan(&PlanInput {
             planner: me,
             state: state.clone(),
             nodes: self.views(now, state),
+            now_s,
+            better_since: self.better_since.clone(),
         });
+        let since = |(service, node)| match self.better_since.get(&service) {
+            Some((known, since_s)) if *known == node => (service, (node, *since_s)),
+            _ => (service, (node, now_s)),
+        };
+        self.better_since = better.into_iter().map(since).collect();
         self.planned_something = !actions.is_empty();
         for action in actions {
             self.proposals
@@ -225,7 +243,7 @@ pub(crate) fn told(state: &ClusterState, command: &Command, why: String) -> Node
             service: id,
             reason,
         } => (
-            Level::Info,
+            Level::Alarm,
             Subject::Service(*id),
             match reason {
                 Some(reason) => format!("{} is held where it is: {reason}", service(id)),

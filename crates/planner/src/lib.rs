@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 mod fitness;
 mod nodes;
+mod patience;
 mod placement;
 mod services;
 
@@ -36,6 +37,10 @@ pub struct PlanInput {
     pub state: ClusterState,
     /// What the planner's node observes of each member, itself included.
     pub nodes: Views,
+    /// The cluster's clock as the planner reads it.
+    pub now_s: u64,
+    /// What [`Plan::better`] told before, and since when it does without a break.
+    pub better_since: BTreeMap<ServiceId, (NodeId, u64)>,
 }
 
 /// What a node observes of each member.
@@ -86,6 +91,8 @@ pub struct Plan {
     pub actions: Vec<Action>,
     /// What can't be done yet, and why.
     pub waits: Vec<Wait>,
+    /// Services that would return to a node that they prefer, once it could have had them for long enough.
+    pub better: BTreeMap<ServiceId, NodeId>,
 }
 
 /// One step of a plan.
@@ -114,6 +121,7 @@ pub fn plan(input: &PlanInput) -> Plan {
         state: input.state.clone(),
         plan: Plan::default(),
     };
+    patience::plan_clock(&mut draft, input.now_s);
     for (id, view) in &input.nodes {
         nodes::plan_node(&mut draft, *id, view);
     }

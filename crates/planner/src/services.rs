@@ -8,7 +8,7 @@ use relevo_types::{
 use crate::{
     Draft, Fitness, PlanInput, Rank, Views, fitness,
     fitness::judge,
-    listed,
+    listed, patience,
     placement::{self, named},
 };
 
@@ -20,8 +20,15 @@ pub(crate) fn plan_service(draft: &mut Draft, id: ServiceId, input: &PlanInput) 
     if !service.enabled {
         return;
     }
+    patience::plan_forgetting(draft, &service, input.now_s);
+    let Some(service) = draft.state.services.get(&id).cloned() else {
+        return;
+    };
     match service.holder {
-        Some(holder) => explain_held(draft, &service, holder, input),
+        Some(holder) => {
+            explain_held(draft, &service, holder, input);
+            patience::plan_failback(draft, &service, holder, input);
+        }
         None => place(draft, &service, input),
     }
 }
@@ -141,6 +148,16 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
         draft.wait(Some(service.id), reason);
         return;
     }
+    if let Some(why) = patience::too_many_moves(service, input.now_s) {
+        draft.act(
+            Command::Hold {
+                service: service.id,
+                reason: Some(why.clone()),
+            },
+            format!("{name}: it is held where it is, for {why}"),
+        );
+        return;
+    }
     if let Some(reason) = placement::waits_for(&draft.state, &input.nodes, service) {
         draft.wait(Some(service.id), format!("{name}: {reason}"));
         return;
@@ -199,6 +216,7 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
         }
         None => {}
     }
+    patience::stamp_move(draft, service, input.now_s);
     draft.act(
         Command::Acquire {
             service: service.id,
@@ -210,20 +228,20 @@ fn place(draft: &mut Draft, service: &Service, input: &PlanInput) {
 
 /// What speaks for a node, the most important first: the least one is chosen.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Choice {
+pub(crate) struct Choice {
     /// It is not where the administrator asked it to be.
     not_wished: bool,
-    rank: Rank,
+    pub(crate) rank: Rank,
     preference: usize,
     /// Services that shall run on the same node and can't there.
     left_behind: usize,
     /// Services that it has.
     busy: usize,
-    node: NodeId,
+    pub(crate) node: NodeId,
 }
 
 /// The best node for a service, one aside.
-fn best(
+pub(crate) fn best(
     state: &ClusterState,
     views: &Views,
     planner: NodeId,
@@ -290,7 +308,10 @@ fn nowhere(draft: &Draft, service: &Service, input: &PlanInput) -> String {
             objections(draft, service, input, None)
         );
     }
-    let remedy = format!("fix it and run `relevo service start {name}`");
+    let remedy = format!(
+        "fix it and run `relevo service start {name}`; a node tries again by itself {} min after it failed",
+        patience::FAILURE_MEMORY_S / 60
+    );
     if failed.len() == judged.len() {
         format!("{name}: failed on {}; {remedy}", listed(&failed))
     } else {

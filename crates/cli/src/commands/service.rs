@@ -93,6 +93,9 @@ pub struct PlacementArgs {
     /// Memory that it needs, 4GiB say: the services of a node need no more together than it has
     #[arg(long, value_name = "SIZE")]
     memory: Option<String>,
+    /// Return to a node that it prefers once that could have had it for so long: 30s, 5min, 1h
+    #[arg(long, value_name = "DELAY")]
+    failback: Option<String>,
 }
 
 impl PlacementArgs {
@@ -101,6 +104,15 @@ impl PlacementArgs {
         let names = |given: Option<Vec<String>>| {
             given.map(|names| if names == ["none"] { Vec::new() } else { names })
         };
+        let or = |given: Option<String>, nothing: &str| {
+            given.map(|word| {
+                if word == "none" {
+                    nothing.to_owned()
+                } else {
+                    word
+                }
+            })
+        };
         PlacementRequest {
             prefer: names(self.prefer),
             only: names(self.only),
@@ -108,9 +120,8 @@ impl PlacementArgs {
             with: names(self.with),
             apart: names(self.apart),
             after: names(self.after),
-            memory: self
-                .memory
-                .map(|size| if size == "none" { "0".to_owned() } else { size }),
+            memory: or(self.memory, "0"),
+            failback: or(self.failback, "never"),
         }
     }
 }

@@ -77,7 +77,8 @@ fn what_failed_on_both_waits_for_a_person() {
     assert_eq!(
         waits[0].reason,
         "mail: failed on a (process /bin/serve did not start: no space left) and b (process \
-         /bin/serve did not start: no space left); fix it and run `relevo service start mail`"
+         /bin/serve did not start: no space left); fix it and run `relevo service start mail`; a node \
+         tries again by itself 10 min after it failed"
     );
     let quiet = cluster.trace.len();
     cluster.run(5000);

@@ -27,6 +27,8 @@ pub(crate) struct World {
     pub(crate) log: String,
     /// Services whose parts take their time: held, and not running.
     slow: BTreeSet<ServiceId>,
+    now_s: u64,
+    better_since: BTreeMap<ServiceId, (NodeId, u64)>,
 }
 
 fn node_spec(name: &str) -> NodeSpec {
@@ -91,6 +93,8 @@ impl World {
             views: BTreeMap::new(),
             log: String::new(),
             slow: BTreeSet::new(),
+            now_s: 0,
+            better_since: BTreeMap::new(),
         };
         for (id, name) in ids.into_iter().zip(nodes) {
             let mut view = world.well(id);
@@ -215,6 +219,7 @@ impl World {
             "apart" => placement.apart = services(),
             "after" => placement.after = services(),
             "memory" => placement.memory_mib = words[0].parse().unwrap(),
+            "failback" => placement.failback_s = Some(words[0].parse().unwrap()),
             other => panic!("what is the rule `{other}`?"),
         }
     }
@@ -230,6 +235,8 @@ impl World {
             planner: self.planner,
             state: self.state.clone(),
             nodes: self.views.clone(),
+            now_s: self.now_s,
+            better_since: self.better_since.clone(),
         }
     }
 
@@ -279,6 +286,7 @@ impl World {
                 self.view(node).replicas.insert(volume, standing);
             }
             ["planner", node] => self.planner = self.node(node),
+            ["seconds", seconds] => self.now_s += seconds.parse::<u64>().unwrap(),
             ["memory", node, mib] => self.view(node).memory_mib = Some(mib.parse().unwrap()),
             ["slow", service] => drop(self.slow.insert(self.service(service))),
             ["ready", service] => drop(self.slow.remove(&self.service(service))),
@@ -386,7 +394,16 @@ impl World {
     pub(crate) fn settle(&mut self) {
         for _ in 0..ROUNDS_MAX {
             self.report_running();
-            let Plan { actions, waits } = plan(&self.input());
+            let Plan {
+                actions,
+                waits,
+                better,
+            } = plan(&self.input());
+            let since = |(service, node)| match self.better_since.get(&service) {
+                Some((known, since_s)) if *known == node => (service, (node, *since_s)),
+                _ => (service, (node, self.now_s)),
+            };
+            self.better_since = better.into_iter().map(since).collect();
             for action in &actions {
                 let words = self.words(&action.command);
                 writeln!(self.log, "  plan: {words}\n        {}", action.reason).unwrap();
@@ -505,6 +522,19 @@ impl World {
             } => {
                 format!("drop the wish where {} shall be", service(s))
             }
+            Command::Clock { at_s } => format!("the clock is at {at_s} s"),
+            Command::ForgetFailure {
+                service: s,
+                node: id,
+                ..
+            } => {
+                format!("forget that {} gave {} up", node(id), service(s))
+            }
+            Command::Hold { service: s, .. } => format!("hold {}", service(s)),
+            Command::SetTarget {
+                service: s,
+                target: Some(id),
+            } => format!("ask for {} on {}", service(s), node(id)),
             other => format!("{other:?}"),
         }
     }

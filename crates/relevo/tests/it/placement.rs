@@ -55,6 +55,15 @@ fn rules_are_kept_and_explained() {
     assert!(err.contains("service `web` names it"), "{err}");
     alfa.ok(&["service", "start", "db"]);
 
+    // It returns.
+    let out = alfa.ok(&["service", "place", "db", "--failback", "1s"]);
+    assert!(out.contains("prefer beta alfa; failback 1s"), "{out}");
+    eventually(SOON, "db and web are back", || {
+        runs_on(&alfa, "db", "beta") && runs_on(&alfa, "web", "beta")
+    });
+    let err = alfa.refused(&["service", "place", "db", "--failback", "soon"]);
+    assert!(err.contains("30s, 5min or 1h"), "{err}");
+
     // Heavier than any machine.
     alfa.ok(&["service", "stop", "dns"]);
     let out = alfa.ok(&["service", "place", "dns", "--memory", "900TiB"]);

@@ -264,6 +264,9 @@ pub struct PlacementRequest {
     pub after: Option<Vec<String>>,
     /// Memory that it needs: `4GiB`. `0`: not worth counting.
     pub memory: Option<String>,
+    /// It returns to a node that it prefers once that could have had it for so long: `30s`, `5min`, `1h`. `never`:
+    /// it stays where it is.
+    pub failback: Option<String>,
 }
 
 /// `POST /v1/services/{name}/hold`.

@@ -131,5 +131,47 @@ pub(super) fn changed(
         })?;
         new.memory_mib = bytes.div_ceil(1 << 20);
     }
+    if let Some(delay) = &request.failback {
+        new.failback_s = match delay.as_str() {
+            "never" => None,
+            delay => Some(parse_delay_s(delay).ok_or_else(|| {
+                ApiError::new(
+                    ErrorKind::BadRequest,
+                    what,
+                    format!("`{delay}` is no delay for `failback`"),
+                    "write for example 30s, 5min or 1h, or `never`",
+                )
+            })?),
+        };
+    }
     Ok(new)
+}
+
+/// `30s`, `5min`, `1h` or `2d` in seconds.
+fn parse_delay_s(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim() {
+        "s" => 1,
+        "m" | "min" => 60,
+        "h" => 3600,
+        "d" => 24 * 3600,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays() {
+        assert_eq!(parse_delay_s("30s"), Some(30));
+        assert_eq!(parse_delay_s("5min"), Some(300));
+        assert_eq!(parse_delay_s("1 h"), Some(3600));
+        for bad in ["", "30", "s", "-3s", "5 weeks", "99999999999999999999d"] {
+            assert_eq!(parse_delay_s(bad), None, "{bad}");
+        }
+    }
 }

@@ -124,7 +124,11 @@ impl ClusterState {
                 Ok(Outcome::Done)
             }
             Command::Hold { service, reason } => {
-                self.service_mut(*service)?.hold.clone_from(reason);
+                let service = self.service_mut(*service)?;
+                service.hold.clone_from(reason);
+                if reason.is_none() {
+                    service.moves_s.clear();
+                }
                 Ok(Outcome::Done)
             }
             Command::RemoveService { service } => {
@@ -146,6 +150,7 @@ impl ClusterState {
                 service.enabled = *enabled;
                 if *enabled {
                     service.failures.clear();
+                    service.moves_s.clear();
                 }
                 Ok(Outcome::Done)
             }
@@ -158,6 +163,21 @@ impl ClusterState {
                 if let Some(node) = target {
                     // Asking for a node again is asking to try it again.
                     service.failures.remove(node);
+                }
+                Ok(Outcome::Done)
+            }
+            Command::Clock { at_s } => {
+                self.read_clock(*at_s);
+                Ok(Outcome::Done)
+            }
+            Command::ForgetFailure {
+                service,
+                node,
+                count,
+            } => {
+                let failures = &mut self.service_mut(*service)?.failures;
+                if failures.get(node).is_some_and(|it| it.count == *count) {
+                    failures.remove(node);
                 }
                 Ok(Outcome::Done)
             }

@@ -183,6 +183,20 @@ pub enum Command {
         /// Where.
         target: Option<NodeId>,
     },
+    /// The leader read the cluster's clock. Never goes back.
+    Clock {
+        /// See [`super::ClusterState::clock_s`].
+        at_s: u64,
+    },
+    /// That a node gave a service up is long ago: it may try again.
+    ForgetFailure {
+        /// The service.
+        service: ServiceId,
+        /// The node.
+        node: NodeId,
+        /// How often it had; nothing is forgotten if it did so again meanwhile.
+        count: u32,
+    },
     /// Gives a service that nobody holds to a node.
     Acquire {
         /// The service.

@@ -27,6 +27,9 @@ pub struct Placement {
     /// Memory that it needs, in MiB; 0: not worth counting. The services on a node need no more together than the
     /// node has.
     pub memory_mib: u64,
+    /// It returns to a node that it prefers to where it is once that could have had it for so long, in seconds;
+    /// `None`: it stays.
+    pub failback_s: Option<u64>,
 }
 
 impl Placement {
@@ -62,6 +65,7 @@ impl Placement {
                 .collect()
         };
         let memory = (self.memory_mib > 0).then(|| format!("{}MiB", self.memory_mib));
+        let failback = self.failback_s.map(|delay| format!("{delay}s"));
         let rules = [
             ("prefer", nodes(state, self.prefer.iter())),
             ("only", nodes(state, self.only.iter())),
@@ -70,6 +74,7 @@ impl Placement {
             ("apart", services(&self.apart)),
             ("after", services(&self.after)),
             ("memory", memory.into_iter().collect()),
+            ("failback", failback.into_iter().collect()),
         ];
         rules
             .into_iter()

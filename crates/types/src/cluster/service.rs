@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(doc)]
+use super::ClusterState;
 use super::Placement;
 use crate::{NodeId, ServiceId, VolumeId};
 
@@ -22,6 +24,12 @@ pub struct Service {
     /// It is left where it is, also stopped where nobody holds it: why. Set and cleared by the administrator.
     #[serde(default)]
     pub hold: Option<String>,
+    /// A node gave it up, and no other one has it yet.
+    #[serde(default)]
+    pub displaced: bool,
+    /// When it went to another node because one had given it up, by the cluster's own clock: the newest last.
+    #[serde(default)]
+    pub moves_s: Vec<u64>,
     /// Where the administrator last asked it to be (`service move`). The planner prefers it.
     pub target: Option<NodeId>,
     /// The one node that may have parts of it active. Set only when nobody holds it; cleared by
@@ -40,6 +48,9 @@ pub struct FailureRecord {
     pub count: u32,
     /// The last reason.
     pub reason: String,
+    /// When it was told by the cluster's own clock, [`ClusterState::clock_s`]; `None` until that was read.
+    #[serde(default)]
+    pub at_s: Option<u64>,
     /// It was the node's disk of this volume, and nothing else before: once that disk is in use again the
     /// failure is over.
     #[serde(default)]

@@ -23,6 +23,10 @@ pub struct ClusterState {
     pub name: String,
     /// How many commands were applied, counting rejected ones.
     pub revision: u64,
+    /// The cluster's own clock: seconds for which it had a leader. It does not depend on any machine's idea of
+    /// the date, and is read ([`super::Command::Clock`]) only while something waits for time to pass.
+    #[serde(default)]
+    pub clock_s: u64,
     /// How fast a silent machine is taken for dead.
     pub sensitivity: Sensitivity,
     /// Members, by id.

@@ -10,6 +10,9 @@ use crate::{
     },
 };
 
+/// So many moves of a service are remembered: more than any budget.
+const MOVES_KEPT: usize = 16;
+
 impl ClusterState {
     pub(super) fn create_service(
         &mut self,
@@ -34,6 +37,8 @@ impl ClusterState {
             enabled: true,
             placement: placement.clone(),
             hold: None,
+            displaced: false,
+            moves_s: Vec::new(),
             target,
             holder: None,
             failures: BTreeMap::new(),
@@ -104,6 +109,7 @@ impl ClusterState {
             .apart_from(id)
             .find(|other| self.services[other].holder == Some(node))
             .map(|other| self.services[&other].spec.name.clone());
+        let now_s = self.clock_s;
         let service = self.service_mut(id)?;
         if let Some(holder) = service.holder {
             return Err(Rejection::ServiceHeld { holder });
@@ -115,7 +121,22 @@ impl ClusterState {
             return Err(Rejection::PlacedElsewhere { node, apart });
         }
         service.holder = Some(node);
+        if std::mem::take(&mut service.displaced) {
+            let kept = service.moves_s.len().saturating_sub(MOVES_KEPT - 1);
+            service.moves_s.drain(..kept);
+            service.moves_s.push(now_s);
+        }
         Ok(Outcome::Done)
+    }
+
+    /// The leader read the clock: what happened since the last reading happened now.
+    pub(super) fn read_clock(&mut self, at_s: u64) {
+        self.clock_s = self.clock_s.max(at_s);
+        for service in self.services.values_mut() {
+            for failure in service.failures.values_mut() {
+                failure.at_s.get_or_insert(self.clock_s);
+            }
+        }
     }
 
     pub(super) fn release(
@@ -137,10 +158,13 @@ impl ClusterState {
                 .or_insert_with(|| FailureRecord {
                     count: 0,
                     reason: String::new(),
+                    at_s: None,
                     disk,
                 });
             record.disk = record.disk.filter(|failed| disk == Some(*failed));
             record.count += 1;
+            record.at_s = None;
+            service.displaced = true;
             reason.clone_into(&mut record.reason);
         }
         Ok(Outcome::Done)
