@@ -366,6 +366,7 @@ mod tests {
                     replication: false,
                 })
                 .collect(),
+            streams: Vec::new(),
             ports,
         }
     }

@@ -271,6 +271,7 @@ mod tests {
                 address: "127.0.0.1".parse().unwrap(),
                 replication: false,
             }],
+            streams: Vec::new(),
             ports: Ports::default(),
         };
         let mut state = ClusterState::default();

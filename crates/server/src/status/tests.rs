@@ -26,6 +26,7 @@ fn spec(name: &str, kind: NodeKind) -> NodeSpec {
             address: "10.0.0.1".parse().unwrap(),
             replication: false,
         }],
+        streams: Vec::new(),
         ports: Ports::default(),
     }
 }

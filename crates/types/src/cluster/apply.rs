@@ -1,6 +1,7 @@
 //! Applying commands: the one place where the replicated state changes.
 
 mod lineages;
+mod paths;
 mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -154,6 +155,13 @@ impl ClusterState {
                 }
                 Ok(Outcome::Done)
             }
+            Command::AddPath {
+                node,
+                name,
+                address,
+                replication,
+            } => self.add_path(*node, name, address, *replication),
+            Command::RemovePath { node, name } => self.remove_path(*node, name),
         }
     }
 
@@ -710,7 +718,7 @@ fn taken(kind: &str, name: &str) -> Rejection {
 }
 
 /// Names end up in paths (`/dev/relevo/NAME`), certificates and commands.
-fn check_name(name: &str) -> Result<(), Rejection> {
+pub(super) fn check_name(name: &str) -> Result<(), Rejection> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let good = name.len() <= NAME_LEN_MAX
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())

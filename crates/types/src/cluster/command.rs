@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Differs, JoinToken, NodeKind, NodeSpec, ReplicaSpec, ServiceSpec, VolumeOptions};
+use super::{
+    Differs, JoinToken, NodeKind, NodeSpec, PathAddress, ReplicaSpec, ServiceSpec, VolumeOptions,
+};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
 };
@@ -190,6 +192,24 @@ pub enum Command {
         service: ServiceId,
         /// The node.
         node: NodeId,
+    },
+    /// A node gets one more path.
+    AddPath {
+        /// The node.
+        node: NodeId,
+        /// Name of the path: those of two nodes belong together by it.
+        name: String,
+        /// Where it is on the node.
+        address: PathAddress,
+        /// Replication prefers it; only for a network.
+        replication: bool,
+    },
+    /// A path of a node goes. Rejected for the last network that it shares with another node.
+    RemovePath {
+        /// The node.
+        node: NodeId,
+        /// Name of the path.
+        name: String,
     },
 }
 
@@ -405,6 +425,8 @@ pub enum Rejection {
         "volumes would wait for each other: this one after {names}; clear `resync-after` of one of them first (`none`)"
     )]
     ResyncCircle { names: String },
+    #[error("{why}")]
+    BadPath { why: String },
 }
 
 impl NodeKind {
