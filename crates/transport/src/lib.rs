@@ -17,6 +17,7 @@ pub mod framing;
 pub mod heartbeat;
 pub mod identity;
 pub mod line;
+mod listen;
 pub mod net;
 pub mod random;
 pub mod rpc;
@@ -28,5 +29,6 @@ pub use datalink::{
 pub use heartbeat::{HeartbeatKey, HeartbeatSocket, HeartbeatSockets, HeartbeatWaker, PathChange};
 pub use identity::{ClusterCa, Fingerprint, Identity, IdentityError, NodeKey};
 pub use line::HeartbeatLine;
+pub use listen::Listeners;
 pub use rpc::{Method, RpcClient, RpcConfig, RpcError, RpcHandler, RpcServer};
 pub use token::{Token, TokenError};
