@@ -8,7 +8,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-pub use lists::{event_line, saved_list, service_list, volume_list};
+pub use lists::{event_line, path_list, saved_list, service_list, volume_list};
 pub use metadata::metadata;
 pub use status::status;
 

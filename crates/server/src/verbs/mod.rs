@@ -4,6 +4,7 @@
 pub(crate) mod metadata;
 mod node;
 mod order;
+mod path;
 mod replica;
 mod service;
 mod split;
@@ -116,9 +117,10 @@ fn rejected(what: &str, rejection: &Rejection) -> ApiError {
         Rejection::NoNode { .. } | Rejection::NoVolume { .. } | Rejection::NoService { .. } => {
             ErrorKind::NotFound
         }
-        Rejection::BadName { .. } | Rejection::BadSize { .. } | Rejection::BadReplicas { .. } => {
-            ErrorKind::BadRequest
-        }
+        Rejection::BadName { .. }
+        | Rejection::BadSize { .. }
+        | Rejection::BadReplicas { .. }
+        | Rejection::BadPath { .. } => ErrorKind::BadRequest,
         _ => ErrorKind::Refused,
     };
     ApiError::new(kind, what, reason, remedy)
