@@ -261,7 +261,7 @@ impl Lab {
                         paths.push(("repl", Ipv4Addr::new(10, 78, 0, number)));
                     }
                     for (path, address) in &paths {
-                        hub.plug(name, &namespace, path, *address)?;
+                        hub.plug(name, &namespace, path, IpAddr::V4(*address))?;
                     }
                     Some(namespace)
                 }
