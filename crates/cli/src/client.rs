@@ -15,9 +15,9 @@ use hyper_util::rt::TokioIo;
 use relevo_server::api::{
     AddReplicaRequest, ApiError, ClusterStatus, ConfirmRequest, CreateServiceRequest,
     CreateVolumeRequest, Done, Event, HoldRequest, InitAnswer, InitRequest, JoinAnswer,
-    JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PlacementRequest,
-    SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
-    TokenRequest, VolumeStatus, WaitSyncRequest, WhyAnswer,
+    JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PathRequest,
+    PlacementRequest, SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
+    TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest, WhyAnswer,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -340,6 +340,24 @@ impl Client {
         let path = format!("/v1/nodes/{}/standby", escape(node));
         self.call(Method::POST, &path, Some(&StandbyRequest { standby }))
             .await
+    }
+
+    /// Gives a node one more path.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn add_path(&self, node: &str, request: &PathRequest) -> Result<Done, CliError> {
+        let path = format!("/v1/nodes/{}/paths", escape(node));
+        self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// Takes a path from a node.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn remove_path(&self, node: &str, name: &str) -> Result<Done, CliError> {
+        let path = format!("/v1/nodes/{}/paths/{}", escape(node), escape(name));
+        self.call::<(), _>(Method::DELETE, &path, None).await
     }
 
     /// The events that the daemon remembers.

@@ -26,7 +26,7 @@ use relevo_server::api::{
 };
 use relevo_types::{
     Sensitivity,
-    cluster::{NodeKind, Ports},
+    cluster::{NodeKind, PathAddress, Ports},
 };
 
 use crate::{
@@ -261,7 +261,7 @@ impl Lab {
                         paths.push(("repl", Ipv4Addr::new(10, 78, 0, number)));
                     }
                     for (path, address) in &paths {
-                        hub.plug(name, &namespace, path, *address)?;
+                        hub.plug(name, &namespace, path, IpAddr::V4(*address))?;
                     }
                     Some(namespace)
                 }
@@ -599,7 +599,7 @@ impl Machine {
     fn request(&self) -> NodeRequest {
         let path = |(name, address): &(&str, Ipv4Addr)| PathRequest {
             name: (*name).to_owned(),
-            address: IpAddr::V4(*address),
+            address: PathAddress::Ip(IpAddr::V4(*address)),
             replication: *name == "repl",
         };
         NodeRequest {

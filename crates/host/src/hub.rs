@@ -3,7 +3,7 @@
 //!
 //! Used by `demo` and by tests. Everything vanishes with the last clone of the hub.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use crate::{Result, netns::NetNs};
 
@@ -27,7 +27,7 @@ impl Hub {
     }
 
     /// Puts a cable from a machine into the bridge of a network. At the machine its end has the
-    /// network's name and the address, in a network of 24 bits.
+    /// network's name and the address, in a network of 24 bits, or of 64 with IPv6.
     ///
     /// # Errors
     /// `machine` and `network` are longer than 14 bytes together, there is a cable between them, or
@@ -37,12 +37,13 @@ impl Hub {
         machine: &str,
         namespace: &NetNs,
         network: &str,
-        address: Ipv4Addr,
+        address: IpAddr,
     ) -> Result<()> {
         let port = port(machine, network);
         self.namespace.add_cable(&port, namespace, network)?;
         self.namespace.add_port(network, &port)?;
-        namespace.add_address(network, address.into(), 24)
+        let prefix = if address.is_ipv6() { 64 } else { 24 };
+        namespace.add_address(network, address, prefix)
     }
 
     /// Pulls a cable, or plugs it in again. Both ends lose their carrier.

@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use relevo_types::{Instance, LeaseGeneration, NodeId, Time};
+use relevo_types::{Instance, LeaseGeneration, NodeId, Time, Timing};
 use serde::{Deserialize, Serialize};
 
 /// What the machine knows of the members, from the control log.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MemberConfig {
-    /// Names of the paths on which the member can be reached from this node, in a fixed order.
-    pub paths: Vec<String>,
+    /// The paths on which the member can be reached from this node.
+    pub paths: Vec<PathConfig>,
     /// The generation under which it may hold a lease.
     pub generation: LeaseGeneration,
     /// That generation was taken from it.
@@ -17,6 +17,39 @@ pub struct MemberConfig {
     /// Its grants and condemnations count.
     pub voter: bool,
 }
+
+/// A path to a member.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PathConfig {
+    /// Its name.
+    pub name: String,
+    /// A heartbeat goes over it in every so many rounds, 1 or more: in those whose number is a multiple of it.
+    /// More than 1 where the line is too slow for more; both ends must say the same. See
+    /// [`rounds_per_heartbeat`].
+    pub every: u32,
+}
+
+/// In every how many rounds a line has room for a heartbeat of a cluster with so many members; 1 where no bound
+/// of the line is known. More than [`ROUNDS_MAX`] means that the line is too slow for these time-outs.
+#[must_use]
+pub fn rounds_per_heartbeat(bytes_per_second: Option<u32>, members: usize, timing: &Timing) -> u32 {
+    let Some(rate) = bytes_per_second else {
+        return 1;
+    };
+    let bytes = HEARTBEAT_BYTES + PEER_ECHO_BYTES * members.saturating_sub(1);
+    let needed_us = (bytes as u128 * 1_000_000).div_ceil(u128::from(rate.max(1)));
+    let rounds = needed_us.div_ceil(timing.heartbeat.as_micros().max(1));
+    u32::try_from(rounds).unwrap_or(u32::MAX).max(1)
+}
+
+/// A path on which a heartbeat goes in fewer rounds can't tell life from silence: the suspect time is three
+/// rounds long.
+pub const ROUNDS_MAX: u32 = 2;
+
+/// A heartbeat in a frame of a stream, without what it says of others, and what it says of one more; in bytes,
+/// with numbers as large as they get in a year.
+const HEARTBEAT_BYTES: usize = 58;
+const PEER_ECHO_BYTES: usize = 20;
 
 /// What happens to the machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -91,14 +124,16 @@ pub enum Effect {
         /// The voters.
         by: Vec<NodeId>,
     },
-    /// A path to a member went up or down.
+    /// A path to a member that is alive has a trouble, or has none any more.
     Path {
         /// The member.
         node: NodeId,
         /// Name of the path.
         path: String,
-        /// Heartbeats arrive on it.
-        up: bool,
+        /// What is wrong with it; `None`: it is in order again.
+        trouble: Option<PathTrouble>,
+        /// Heartbeats missed lately, in percent.
+        loss_percent: u8,
     },
     /// This process did not run for a while; it distrusted its own view.
     Paused {
@@ -171,6 +206,18 @@ pub enum Liveness {
     Dead,
 }
 
+/// What is wrong with a path to a member that is alive. An alarm: nothing moves for it.
+///
+/// When everything is silent the member is, not its paths; so there is none of a member that is not alive.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PathTrouble {
+    /// It was silent for the dead time. Over when ten heartbeats arrived since, most of them.
+    Down,
+    /// Of the last 100 heartbeats, or of 50 at least, 10 % or more did not arrive. Over at 3 % or less.
+    Loss,
+}
+
 /// A path as `status` shows it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PathStatus {
@@ -180,6 +227,10 @@ pub struct PathStatus {
     pub up: bool,
     /// Smoothed round trip in microseconds; `None` before the first.
     pub round_trip_us: Option<u32>,
+    /// Smoothed variation of the round trip in microseconds; `None` before the second.
+    pub jitter_us: Option<u32>,
     /// Heartbeats missed of the last 100, in percent.
     pub loss_percent: u8,
+    /// What is wrong with it.
+    pub trouble: Option<PathTrouble>,
 }

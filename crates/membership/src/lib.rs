@@ -43,5 +43,8 @@ mod peer;
 #[cfg(test)]
 mod tests;
 
-pub use io::{Effect, Heartbeat, Input, Liveness, MemberConfig, PathEcho, PathStatus, PeerEcho};
+pub use io::{
+    Effect, Heartbeat, Input, Liveness, MemberConfig, PathConfig, PathEcho, PathStatus,
+    PathTrouble, PeerEcho, ROUNDS_MAX, rounds_per_heartbeat,
+};
 pub use machine::{Membership, PeerStatus, Status};

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Effect, Heartbeat, Input, Liveness, MemberConfig, PathEcho, PathStatus, PeerEcho,
-    lease::OwnLease, peer::Peer,
+    lease::OwnLease, path::Path, peer::Peer,
 };
 
 /// The membership machine of one node.
@@ -121,10 +121,14 @@ impl Membership {
         self.peers
             .iter()
             .flat_map(|(id, peer)| {
-                let suspect = self.timing.suspect;
+                let compared = peer.compared_since();
                 peer.paths
                     .values()
-                    .map(move |path| path.down_at(peer.base(), suspect))
+                    .map(move |path| {
+                        let trouble = compared
+                            .map_or(Time::NEVER, |since| path.trouble_at(since, &self.timing));
+                        trouble.min(path.down_at(peer.base(), &self.timing))
+                    })
                     .chain([peer.judged_next(&self.timing), self.condemn_at(*id, peer)])
             })
             .fold(self.next_round, Time::min)
@@ -302,19 +306,8 @@ impl Membership {
         }
         for (id, peer) in &mut self.peers {
             let base = peer.base();
-            for (name, path) in &mut peer.paths {
-                let up = path.heard_at.is_some_and(|at| {
-                    let from = if path.up { at.max(base) } else { at };
-                    now.since(from) < self.timing.suspect
-                });
-                if up != path.up {
-                    path.up = up;
-                    out.push(Effect::Path {
-                        node: *id,
-                        path: name.clone(),
-                        up,
-                    });
-                }
+            for path in peer.paths.values_mut() {
+                path.judge_up(now, base, &self.timing);
             }
             if peer.judge(now, &self.timing) {
                 out.push(Effect::Liveness {
@@ -322,6 +315,22 @@ impl Membership {
                     liveness: peer.liveness,
                     reason: peer.reason.clone(),
                 });
+            }
+            let (compared, newest) = (peer.compared_since(), peer.newest_round);
+            for (name, path) in &mut peer.paths {
+                let Some(since) = compared else {
+                    // The member is gone, not the path.
+                    path.trouble = None;
+                    continue;
+                };
+                if path.judge_trouble(now, since, newest, &self.timing) {
+                    out.push(Effect::Path {
+                        node: *id,
+                        path: name.clone(),
+                        trouble: path.trouble,
+                        loss_percent: path.loss_percent(newest),
+                    });
+                }
             }
         }
         for id in self.peers.keys().copied().collect::<Vec<_>>() {
@@ -396,7 +405,8 @@ impl Membership {
             })
             .collect();
         for (id, peer) in &self.peers {
-            for (name, path) in &peer.paths {
+            let due = |path: &Path| round.is_multiple_of(u64::from(path.every.max(1)));
+            for (name, path) in peer.paths.iter().filter(|(_, path)| due(path)) {
                 let echo = path
                     .heard_at
                     .zip(peer.instance)

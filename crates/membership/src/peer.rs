@@ -55,7 +55,7 @@ impl Peer {
             reason: "not heard since this daemon started".to_owned(),
             condemning: None,
         };
-        peer.match_paths();
+        peer.match_paths(now);
         peer
     }
 
@@ -66,15 +66,23 @@ impl Peer {
             self.restart_silence(now);
         }
         self.config = config;
-        self.match_paths();
+        self.match_paths(now);
     }
 
-    fn match_paths(&mut self) {
-        let names = &self.config.paths;
-        self.paths.retain(|name, _| names.contains(name));
-        for name in names {
-            self.paths.entry(name.clone()).or_default();
+    fn match_paths(&mut self, now: Time) {
+        let configured = &self.config.paths;
+        self.paths
+            .retain(|name, _| configured.iter().any(|path| path.name == *name));
+        for config in configured {
+            let known = self.paths.entry(config.name.clone());
+            let path = known.or_insert_with(|| Path::new(config.every, now));
+            path.configure(config);
         }
+    }
+
+    /// Since when its paths are compared with each other: it is alive, and the timers did not start anew.
+    pub(crate) fn compared_since(&self) -> Option<Time> {
+        (self.liveness == Liveness::Alive).then(|| self.since.max(self.base))
     }
 
     /// Silence from before this moment is no evidence.

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use relevo_types::{Instance, LeaseGeneration, NodeId, Sensitivity, Time};
 
-use crate::{Effect, Heartbeat, Input, Liveness, MemberConfig, Membership, PathEcho, PeerEcho};
+use crate::{
+    Effect, Heartbeat, Input, Liveness, MemberConfig, Membership, PathConfig, PathEcho,
+    PathTrouble, PeerEcho, rounds_per_heartbeat,
+};
 
 const A: NodeId = NodeId(1);
 const B: NodeId = NodeId(2);
@@ -73,7 +76,12 @@ impl Bench {
 
 fn members(list: &[(NodeId, LeaseGeneration)]) -> std::collections::BTreeMap<NodeId, MemberConfig> {
     let config = |generation| MemberConfig {
-        paths: vec!["lan".to_owned(), "repl".to_owned()],
+        paths: ["lan", "repl"]
+            .map(|name| PathConfig {
+                name: name.to_owned(),
+                every: 1,
+            })
+            .to_vec(),
         generation,
         evicted: false,
         voter: true,
@@ -459,4 +467,67 @@ fn only_voters_count() {
     let granted = heartbeat(W, 1, echo_of_a(1, LeaseGeneration(0)));
     bench.hear_this(220, "lan", granted);
     assert_eq!(bench.machine.lease_until(), ms(900));
+}
+
+/// B is heard on both paths until the cable of one is pulled; later its machine dies.
+#[test]
+fn a_path_that_is_down_is_told_while_its_peer_is_alive() {
+    let mut bench = Bench::new(vec![]);
+    let mut told = Vec::new();
+    let mut paths = |at: u64, effects: Vec<Effect>| {
+        for effect in effects {
+            if let Effect::Path { path, trouble, .. } = effect {
+                told.push((at, path, trouble));
+            }
+        }
+    };
+    for round in 1..=90 {
+        let at = round * 100;
+        paths(at, bench.run(at));
+        let heartbeat = heartbeat(B, round, echo_of_a(0, LeaseGeneration(0)));
+        if round <= 60 {
+            paths(at, bench.hear_this(at, "lan", heartbeat.clone()));
+        }
+        if round <= 10 || (31..=60).contains(&round) {
+            paths(at, bench.hear_this(at, "repl", heartbeat));
+        }
+    }
+    let repl = || "repl".to_owned();
+    assert_eq!(
+        told,
+        [
+            (2000, repl(), Some(PathTrouble::Down)),
+            (4000, repl(), None)
+        ],
+        "nothing of the paths of a dead node"
+    );
+    assert_eq!(bench.machine.liveness(B), Liveness::Dead);
+    assert_eq!(bench.machine.status().peers[&B].paths[1].trouble, None);
+}
+
+#[test]
+fn a_slow_line_gets_a_heartbeat_when_it_has_room() {
+    let timing = Sensitivity::Normal.timing();
+    let of_line = |baud: u32| rounds_per_heartbeat(Some(baud / 10), 3, &timing);
+    assert_eq!(rounds_per_heartbeat(None, 3, &timing), 1);
+    assert_eq!((of_line(115_200), of_line(9600), of_line(1200)), (1, 2, 9));
+    let mut bench = Bench::new(vec![]);
+    let mut config = members(&[(A, G1), (B, G1), (W, G1)]);
+    config.get_mut(&B).unwrap().paths[1].every = 2;
+    bench.input(10, Input::Members(config));
+    let mut sent = std::collections::BTreeMap::<String, Vec<u64>>::new();
+    for effect in bench.run(1000) {
+        if let Effect::Send {
+            to: B,
+            path,
+            heartbeat,
+        } = effect
+        {
+            sent.entry(path).or_default().push(heartbeat.round);
+        }
+    }
+    let even = |rounds: &Vec<u64>| rounds.iter().filter(|round| **round % 2 == 0).count();
+    assert!(sent["repl"].len() >= 4);
+    assert_eq!(sent["repl"].len(), even(&sent["lan"]));
+    assert_eq!(sent["repl"].len(), even(&sent["repl"]));
 }

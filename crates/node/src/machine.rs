@@ -5,11 +5,14 @@ use std::{
     sync::Arc,
 };
 
-use relevo_membership::{self as membership, Liveness, MemberConfig, Membership};
+use relevo_membership::{
+    self as membership, Liveness, MemberConfig, Membership, PathConfig, PathTrouble,
+    rounds_per_heartbeat,
+};
 use relevo_planner::{Wait, should_release};
 use relevo_types::{
-    NodeId, ServiceId, Time,
-    cluster::{ClusterState, NodeKind},
+    NodeId, ServiceId, Time, Timing,
+    cluster::{ClusterState, NodeKind, PathAddress},
 };
 
 use crate::{
@@ -176,7 +179,7 @@ impl Node {
     /// the new generation would put addresses back that another node has by now. So the node counts as
     /// evicted until all that is stopped.
     fn tell_members(&mut self, now: Time, state: &ClusterState, out: &mut Vec<Effect>) {
-        let mut members = members_of(state, self.config.me);
+        let mut members = members_of(state, self.config.me, &self.config.timing);
         self.withholds_lease = self.has_leftovers(state);
         if self.withholds_lease
             && let Some(own) = members.get_mut(&self.config.me)
@@ -332,17 +335,36 @@ impl Node {
             membership::Effect::Condemned { .. } | membership::Effect::HeardBy { .. } => {
                 return true;
             }
-            membership::Effect::Path { node, path, up } => {
+            membership::Effect::Path {
+                node,
+                path,
+                trouble,
+                loss_percent,
+            } => {
                 let name = self.node_name(node);
-                let (level, what, why) = if up {
-                    (Level::Info, "up", "heartbeats arrive on it")
-                } else {
-                    (Level::Warning, "down", "no heartbeat arrives on it")
+                let (level, what, why) = match trouble {
+                    None => (
+                        Level::Info,
+                        "is in order again".to_owned(),
+                        "heartbeats arrive on it",
+                    ),
+                    Some(PathTrouble::Down) => (
+                        Level::Alarm,
+                        "is down".to_owned(),
+                        "no heartbeat arrives on it, and the node is alive by another path; nothing moves. \
+                         Look at its cable, interface and switch, or at what filters packets",
+                    ),
+                    Some(PathTrouble::Loss) => (
+                        Level::Alarm,
+                        format!("loses {loss_percent} % of the heartbeats"),
+                        "what is sent over it arrives late and slowly; nothing moves. Look at its cable, \
+                         interface and switch, and at whether it is overloaded",
+                    ),
                 };
                 out.push(Effect::Event(NodeEvent {
                     level,
                     subject: Subject::Node(node),
-                    what: format!("path {path} to {name} is {what}"),
+                    what: format!("path {path} to {name} {what}"),
                     why: why.to_owned(),
                 }));
             }
@@ -512,29 +534,29 @@ fn phase_event(id: ServiceId, runner: &Runner) -> NodeEvent {
 }
 
 /// The members as membership sees them: paths that both ends are on.
-fn members_of(state: &ClusterState, me: NodeId) -> BTreeMap<NodeId, MemberConfig> {
-    let own_paths: BTreeSet<&str> = state
-        .nodes
-        .get(&me)
-        .map(|node| {
-            node.spec
-                .paths
-                .iter()
-                .map(|path| path.name.as_str())
-                .collect()
+fn members_of(state: &ClusterState, me: NodeId, timing: &Timing) -> BTreeMap<NodeId, MemberConfig> {
+    let own = state.nodes.get(&me).map(|node| &node.spec);
+    let shared = |(name, theirs): (&str, PathAddress)| {
+        let mine = own?.path(name)?;
+        // Both ends get the same number.
+        let rate = [mine, theirs]
+            .iter()
+            .filter_map(|end| match end {
+                PathAddress::Line(line) => line.bytes_per_second(),
+                PathAddress::Ip(_) => None,
+            })
+            .min();
+        Some(PathConfig {
+            name: name.to_owned(),
+            every: rounds_per_heartbeat(rate, state.nodes.len(), timing),
         })
-        .unwrap_or_default();
+    };
     state
         .nodes
         .iter()
         .map(|(id, node)| {
-            let shared = node
-                .spec
-                .paths
-                .iter()
-                .filter(|path| own_paths.contains(path.name.as_str()));
             let config = MemberConfig {
-                paths: shared.map(|path| path.name.clone()).collect(),
+                paths: node.spec.all_paths().filter_map(shared).collect(),
                 generation: node.lease.generation,
                 evicted: node.lease.evicted,
                 voter: node.voter,

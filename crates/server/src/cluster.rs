@@ -21,10 +21,7 @@ use relevo_control::{ControlLog as _, ProposeError, RaftControl, RaftControlConf
 use relevo_node::{Input, NodeConfig};
 use relevo_planner::Fitness;
 use relevo_replication::io::promotion;
-use relevo_transport::{
-    HeartbeatKey, HeartbeatSocket, HeartbeatSockets, RpcClient, RpcServer, Token, random,
-    rpc::RpcConfig,
-};
+use relevo_transport::{HeartbeatSockets, RpcClient, RpcServer, Token, random, rpc::RpcConfig};
 use relevo_types::{
     ClusterId, Instance, NodeId, ServiceId, VolumeId,
     cluster::{ClusterState, Command, NodeKind, Outcome, VolumeChange},
@@ -43,6 +40,7 @@ use crate::{
         links,
         node_loop::{self, NodeInbox},
         parts::Parts,
+        paths::{PathBoard, PathContext, PathKeeper, Standing},
         volumes::{Volumes, VolumesContext},
     },
     events::{Events, unix_ms},
@@ -75,6 +73,7 @@ pub(crate) struct Cluster {
     inbox: NodeInbox,
     volumes: Volumes,
     local: LocalSource,
+    board: PathBoard,
     ca: Option<relevo_transport::Fingerprint>,
     events: Arc<Events>,
     shutdown_done: watch::Receiver<bool>,
@@ -85,6 +84,7 @@ pub(crate) struct Cluster {
 /// What must be ended, in this order.
 struct Held {
     tasks: JoinSet<()>,
+    paths: PathKeeper,
     server: RpcServer,
     node_thread: thread::JoinHandle<()>,
 }
@@ -106,7 +106,7 @@ impl Cluster {
         let facts = places.facts().context("read what this node promised")?;
         private_dir(&places.nbd_dir())?;
 
-        let (inbox, inputs) = node_loop::inbox(heartbeat_sockets(&files)?);
+        let (inbox, inputs) = node_loop::inbox(HeartbeatSockets::new(Vec::new())?);
         let rpc = Arc::new(RpcClient::new(
             Arc::clone(&files.identity),
             RpcConfig::for_timing(&timing),
@@ -155,10 +155,12 @@ impl Cluster {
             failures,
         });
         let parts = Parts::new(runner, inbox.clone(), failed, runtime.clone());
+        let board = PathBoard::default();
         let local = LocalSource::new(
             volumes.clone(),
             parts.clone(),
             inbox.clone(),
+            board.clone(),
             control.state(),
         );
 
@@ -173,26 +175,22 @@ impl Cluster {
             admitter,
             local: local.clone(),
         };
-        let addresses = |port| -> Vec<SocketAddr> {
-            let paths = spec.paths.iter();
-            paths
-                .map(|path| SocketAddr::new(path.address, port))
-                .collect()
-        };
-        let server = RpcServer::bind(
-            &addresses(spec.ports.control),
-            &files.identity,
-            Arc::new(handler),
-        )?;
-        if data_node {
-            links::start(
-                &mut tasks,
-                &addresses(spec.ports.data),
-                &files.identity,
-                &volumes,
-                control.state(),
-            )?;
-        }
+        let server = RpcServer::bind(&[], &files.identity, Arc::new(handler))?;
+        let data = data_node
+            .then(|| links::start(&mut tasks, &files.identity, &volumes, control.state()))
+            .transpose()?;
+        let paths = PathKeeper::start(PathContext {
+            me,
+            cluster: files.member.cluster,
+            file: files.node.clone(),
+            places: places.clone(),
+            inbox: inbox.clone(),
+            control: server.listeners().clone(),
+            data,
+            board: board.clone(),
+            events: Arc::clone(&events),
+            runtime: runtime.clone(),
+        })?;
 
         let config = NodeConfig {
             me,
@@ -220,6 +218,7 @@ impl Cluster {
             inbox.clone(),
             Arc::clone(&rpc),
         ));
+        tasks.spawn(paths.clone().follow(control.state()));
         tasks.spawn(feed_leaders(control.leader(), inbox.clone()));
         events.add(
             EventLevel::Info,
@@ -239,11 +238,13 @@ impl Cluster {
             inbox,
             volumes,
             local,
+            board,
             ca: files.ca.as_ref().map(|ca| ca.fingerprint()),
             events,
             shutdown_done,
             held: Mutex::new(Some(Held {
                 tasks,
+                paths,
                 server,
                 node_thread,
             })),
@@ -252,6 +253,20 @@ impl Cluster {
 
     pub(crate) const fn me(&self) -> NodeId {
         self.me
+    }
+
+    pub(crate) fn rpc(&self) -> &RpcClient {
+        &self.rpc
+    }
+
+    /// This node's own paths.
+    pub(crate) fn own_paths(&self) -> Standing {
+        self.board.read()
+    }
+
+    /// What this node observes; `None` while it stops.
+    pub(crate) async fn observed(&self) -> Option<relevo_node::NodeStatus> {
+        self.inbox.status().await
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -370,6 +385,7 @@ impl Cluster {
         if let Some(mut held) = held {
             self.inbox.stop();
             held.tasks.shutdown().await;
+            held.paths.close();
             drop(held.server);
             let joined = tokio::task::spawn_blocking(move || held.node_thread.join().is_ok());
             if !joined.await.unwrap_or(false) {
@@ -490,20 +506,6 @@ impl Cluster {
 
 /// Addresses in a token: every path of the data nodes of a usual cluster.
 const TOKEN_ADDRESSES: usize = 8;
-
-fn heartbeat_sockets(files: &MemberFiles) -> anyhow::Result<HeartbeatSockets> {
-    let spec = &files.node.spec;
-    let key = HeartbeatKey::new(&files.node.heartbeat_key);
-    let sockets: Result<Vec<_>, _> = spec
-        .paths
-        .iter()
-        .map(|path| {
-            let address = SocketAddr::new(path.address, spec.ports.heartbeat);
-            HeartbeatSocket::bind(&path.name, address, files.member.cluster, key.clone())
-        })
-        .collect();
-    Ok(HeartbeatSockets::new(sockets?)?)
-}
 
 async fn feed_states(
     mut states: watch::Receiver<Arc<ClusterState>>,

@@ -13,7 +13,7 @@ use relevo_transport::{
 };
 use relevo_types::{
     ClusterId, NodeId, Sensitivity,
-    cluster::{Command, NodeKind, NodeSpec},
+    cluster::{ClusterState, Command, NodeKind, NodeSpec, Ports},
 };
 use serde::{Deserialize, Serialize};
 
@@ -95,6 +95,7 @@ pub(crate) fn new_cluster(request: InitRequest) -> Result<(MemberFiles, Command)
             cluster_name: request.cluster,
             sensitivity: request.sensitivity,
             spec,
+            revision: 0,
             heartbeat_key,
         },
     };
@@ -163,6 +164,7 @@ fn member_files(
             cluster_name: reply.cluster_name,
             sensitivity: reply.sensitivity,
             spec,
+            revision: 0,
             heartbeat_key: reply.heartbeat_key,
         },
     })
@@ -197,6 +199,12 @@ fn join_failed(what: &str, token: &Token, error: &RpcError) -> ApiError {
             ),
             "check that a member's daemon runs and that its control port is reachable from here",
         ),
+    }
+}
+
+impl JoinCall {
+    pub(crate) const fn spec(&self) -> &NodeSpec {
+        &self.spec
     }
 }
 
@@ -274,40 +282,37 @@ fn default_address() -> IpAddr {
 
 /// Finds out before anything is made or used up whether this node could listen.
 fn check_addresses(spec: &NodeSpec, what: &str) -> Result<(), ApiError> {
-    for (index, path) in spec.paths.iter().enumerate() {
-        if spec.paths[..index]
-            .iter()
-            .any(|other| other.name == path.name)
-        {
-            return Err(ApiError::new(
-                ErrorKind::BadRequest,
-                what,
-                format!("the path `{}` is given twice", path.name),
-                "give each --path its own name",
-            ));
-        }
-        let address = |port| SocketAddr::new(path.address, port);
-        let tried = [
-            (
-                "TCP",
-                spec.ports.control,
-                TcpListener::bind(address(spec.ports.control)).err(),
-            ),
-            (
-                "UDP",
-                spec.ports.heartbeat,
-                UdpSocket::bind(address(spec.ports.heartbeat)).err(),
-            ),
-            (
-                "TCP",
-                spec.ports.data,
-                TcpListener::bind(address(spec.ports.data)).err(),
-            ),
-        ];
-        for (protocol, port, error) in tried {
-            if let Some(error) = error {
-                return Err(cannot_listen(what, protocol, address(port), &error));
-            }
+    let alone = ClusterState::default();
+    alone.check_paths(spec).map_err(|rejection| {
+        let text = rejection.to_string();
+        let (why, remedy) = split_remedy(&text);
+        ApiError::new(ErrorKind::BadRequest, what, why, remedy)
+    })?;
+    for path in &spec.paths {
+        check_address(path.address, spec.ports, what)?;
+    }
+    Ok(())
+}
+
+/// Finds out whether this node could listen on an address.
+pub(crate) fn check_address(address: IpAddr, ports: Ports, what: &str) -> Result<(), ApiError> {
+    let at = |port| SocketAddr::new(address, port);
+    let tried = [
+        (
+            "TCP",
+            ports.control,
+            TcpListener::bind(at(ports.control)).err(),
+        ),
+        (
+            "UDP",
+            ports.heartbeat,
+            UdpSocket::bind(at(ports.heartbeat)).err(),
+        ),
+        ("TCP", ports.data, TcpListener::bind(at(ports.data)).err()),
+    ];
+    for (protocol, port, error) in tried {
+        if let Some(error) = error {
+            return Err(cannot_listen(what, protocol, at(port), &error));
         }
     }
     Ok(())
@@ -350,7 +355,7 @@ pub(crate) fn split_remedy(text: &str) -> (String, String) {
 
 #[cfg(test)]
 mod tests {
-    use relevo_types::cluster::{NodePath, Ports};
+    use relevo_types::cluster::NodePath;
 
     use super::*;
 
@@ -366,6 +371,7 @@ mod tests {
                     replication: false,
                 })
                 .collect(),
+            streams: Vec::new(),
             ports,
         }
     }
@@ -396,7 +402,7 @@ mod tests {
             check_addresses(&spec, "x")
                 .unwrap_err()
                 .reason
-                .contains("twice")
+                .contains("has a path `lan` already")
         );
     }
 

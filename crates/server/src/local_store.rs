@@ -134,8 +134,11 @@ pub(crate) struct NodeFile {
     pub(crate) cluster_name: String,
     /// Its time-outs.
     pub(crate) sensitivity: Sensitivity,
-    /// What this node told about itself.
+    /// What this node told about itself, and what became of it.
     pub(crate) spec: NodeSpec,
+    /// Up to which revision of the control log; 0: as it told.
+    #[serde(default)]
+    pub(crate) revision: u64,
     /// The key of the cluster's heartbeats.
     pub(crate) heartbeat_key: [u8; 32],
 }

@@ -13,7 +13,7 @@ use std::{
 use relevo_control::facts::{Facts, Member};
 use relevo_transport::{ClusterCa, Identity};
 
-use crate::local_store::{LocalReplicas, NodeFile, Stored};
+use crate::local_store::{LocalReplicas, NodeFile, StoreError, Stored};
 
 /// Everything that a start needs of a member.
 #[derive(Debug)]
@@ -113,6 +113,11 @@ impl Places {
         self.node().save(&files.node)?;
         self.facts()?.set_member(&files.member)?;
         Ok(())
+    }
+
+    /// Writes how the node listens now.
+    pub(crate) fn save_node(&self, node: &NodeFile) -> Result<(), StoreError> {
+        self.node().save(node)
     }
 
     /// Removes what makes this machine a member. What is not there is fine.

@@ -175,6 +175,10 @@ impl Handler {
             });
         };
         let (call, command): (_, Command) = Admitter::command(body)?;
+        let checked = self.control.state().borrow().check_paths(call.spec());
+        checked.map_err(|rejection| RpcError::Refused {
+            why: rejection.to_string(),
+        })?;
         let outcome = self.control.propose(command).await.map_err(|e| match e {
             ProposeError::Rejected(rejection) => RpcError::Refused {
                 why: rejection.to_string(),

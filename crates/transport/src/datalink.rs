@@ -16,13 +16,14 @@ use rustls::{ClientConfig, Connection};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, oneshot},
     task::JoinSet,
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::{
     identity::{Identity, IdentityError, Port, describe_tls_error, peer_node, server_name},
+    listen::{Listeners, on_all},
     net,
 };
 
@@ -100,9 +101,8 @@ impl fmt::Debug for EstablishedLink {
 /// Listens on the data port.
 #[derive(Debug)]
 pub struct DataListener {
-    addresses: Vec<SocketAddr>,
+    listeners: Listeners,
     established: mpsc::Receiver<EstablishedLink>,
-    _tasks: JoinSet<()>,
 }
 
 impl DataListener {
@@ -126,35 +126,37 @@ impl DataListener {
             links,
             pending: Semaphore::new(PENDING_LINKS),
         });
-        let listeners = addresses
-            .iter()
-            .map(|address| net::listen(*address))
-            .collect::<io::Result<Vec<_>>>()?;
-        let addresses = listeners
-            .iter()
-            .map(TcpListener::local_addr)
-            .collect::<io::Result<Vec<_>>>()?;
-        let mut tasks = JoinSet::new();
-        for listener in listeners {
-            tasks.spawn(accept_all(listener, Arc::clone(&shared)));
-        }
+        let listeners =
+            Listeners::new(move |listener, stop| accept_all(listener, stop, Arc::clone(&shared)));
+        on_all(&listeners, addresses)?;
         Ok(Self {
-            addresses,
+            listeners,
             established,
-            _tasks: tasks,
         })
+    }
+
+    /// Where it listens; can be changed.
+    #[must_use]
+    pub const fn listeners(&self) -> &Listeners {
+        &self.listeners
     }
 
     /// Where it listens; tells the port when 0 was asked for.
     #[must_use]
-    pub fn addresses(&self) -> &[SocketAddr] {
-        &self.addresses
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listeners.addresses()
     }
 
     /// The next link that a peer established. Peers that were refused are in the log only.
     /// `None` never comes while this exists. Cancel-safe.
     pub async fn accept(&mut self) -> Option<EstablishedLink> {
         self.established.recv().await
+    }
+}
+
+impl Drop for DataListener {
+    fn drop(&mut self) {
+        self.listeners.close();
     }
 }
 
@@ -166,11 +168,12 @@ struct Shared {
     pending: Semaphore,
 }
 
-async fn accept_all(listener: TcpListener, shared: Arc<Shared>) {
+async fn accept_all(listener: TcpListener, mut stop: oneshot::Receiver<()>, shared: Arc<Shared>) {
     let mut handshakes = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            _ = &mut stop => break,
             Some(_ended) = handshakes.join_next() => continue,
         };
         let (stream, from) = match accepted {
@@ -197,6 +200,8 @@ async fn accept_all(listener: TcpListener, shared: Arc<Shared>) {
             }
         });
     }
+    drop(listener);
+    while handshakes.join_next().await.is_some() {}
 }
 
 async fn accept_one(

@@ -1,4 +1,5 @@
-//! Heartbeats as datagrams: one UDP socket per path, authenticated with a key of the cluster.
+//! Heartbeats as datagrams: one UDP socket per network, authenticated with a key of the cluster. And all paths
+//! of a node together, its byte streams ([`crate::line`]) among them.
 //!
 //! Driven by the heartbeat thread, which is real-time: everything here is synchronous and
 //! non-blocking but [`HeartbeatSockets::wait`]. Which path a datagram came on is told by the socket
@@ -22,16 +23,21 @@ use std::{
 };
 
 use relevo_membership::Heartbeat;
-use relevo_types::ClusterId;
+use relevo_types::{ClusterId, Time};
 use ring::hmac;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use crate::net::explain_bind;
+use crate::{line::HeartbeatLine, net::explain_bind};
 
 const MAGIC: [u8; 4] = *b"RVHB";
 const VERSION: u8 = 1;
 const HEAD_BYTES: usize = 4 + 1 + 16;
 const TAG_BYTES: usize = 32;
+
+/// Of a heartbeat on a line.
+const SHORT_MAGIC: [u8; 4] = *b"RVHL";
+const SHORT_VERSION: u8 = 1;
+const SHORT_TAG_BYTES: usize = 16;
 
 /// The longest datagram: fits an Ethernet frame. Seven nodes need some 250 bytes.
 const MAX_DATAGRAM_BYTES: usize = 1400;
@@ -76,6 +82,48 @@ impl HeartbeatKey {
         bytes
     }
 
+    /// A heartbeat for a slow line; see [`crate::line`].
+    #[must_use]
+    pub fn seal_short(&self, cluster: ClusterId, heartbeat: &Heartbeat) -> Vec<u8> {
+        let Ok(mut bytes) = postcard::to_extend(heartbeat, vec![SHORT_VERSION]) else {
+            return Vec::new();
+        };
+        let tag = self.short_tag(cluster, &bytes);
+        bytes.extend_from_slice(&tag);
+        bytes
+    }
+
+    /// The heartbeat that came over a line; `None` if it is not one of this cluster.
+    #[must_use]
+    pub fn open_short(&self, cluster: ClusterId, bytes: &[u8]) -> Option<Heartbeat> {
+        let (signed, tag) = bytes.split_last_chunk::<SHORT_TAG_BYTES>()?;
+        let (version, body) = signed.split_first()?;
+        if *version != SHORT_VERSION {
+            return None;
+        }
+        let expected = self.short_tag(cluster, signed);
+        // In the same time wherever they differ.
+        let differing = expected
+            .iter()
+            .zip(tag)
+            .fold(0, |all, (a, b)| all | (a ^ b));
+        if differing != 0 {
+            return None;
+        }
+        let (heartbeat, rest) = postcard::take_from_bytes(body).ok()?;
+        rest.is_empty().then_some(heartbeat)
+    }
+
+    fn short_tag(&self, cluster: ClusterId, signed: &[u8]) -> [u8; SHORT_TAG_BYTES] {
+        let mut context = hmac::Context::with_key(&self.key);
+        context.update(&SHORT_MAGIC);
+        context.update(&cluster.0);
+        context.update(signed);
+        let mut tag = [0; SHORT_TAG_BYTES];
+        tag.copy_from_slice(&context.sign().as_ref()[..SHORT_TAG_BYTES]);
+        tag
+    }
+
     /// The heartbeat in a datagram; `None` if it is not one of this cluster.
     #[must_use]
     pub fn open(&self, cluster: ClusterId, datagram: &[u8]) -> Option<Heartbeat> {
@@ -95,8 +143,8 @@ impl HeartbeatKey {
 pub struct Received {
     /// Name of the path whose socket it arrived at.
     pub path: String,
-    /// Where it came from.
-    pub from: SocketAddr,
+    /// Where it came from; `None`: from the other end of a stream.
+    pub from: Option<SocketAddr>,
     /// The heartbeat, authenticated.
     pub heartbeat: Heartbeat,
 }
@@ -170,7 +218,7 @@ impl HeartbeatSocket {
                     Some(heartbeat) => {
                         return Ok(Some(Received {
                             path: self.path.clone(),
-                            from,
+                            from: Some(from),
                             heartbeat,
                         }));
                     }
@@ -201,7 +249,19 @@ impl HeartbeatSocket {
 #[derive(Debug)]
 pub struct HeartbeatSockets {
     sockets: Vec<HeartbeatSocket>,
+    lines: Vec<HeartbeatLine>,
     wake: Arc<OwnedFd>,
+}
+
+/// A path that a node uses from now on, or no longer.
+#[derive(Debug)]
+pub enum PathChange {
+    /// On a network; in place of the one of this name, if there is one.
+    Socket(HeartbeatSocket),
+    /// On a stream; in place of the one of this name, if there is one.
+    Line(HeartbeatLine),
+    /// No more on the path of this name.
+    Gone(String),
 }
 
 /// Ends a [`HeartbeatSockets::wait`] early, from any thread.
@@ -227,6 +287,7 @@ impl HeartbeatSockets {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self {
             sockets,
+            lines: Vec::new(),
             wake: Arc::new(wake),
         })
     }
@@ -239,15 +300,42 @@ impl HeartbeatSockets {
         }
     }
 
-    /// The sockets, to replace or add one when an address appears.
-    pub fn sockets_mut(&mut self) -> &mut Vec<HeartbeatSocket> {
-        &mut self.sockets
+    /// Takes a change of the paths in.
+    pub fn change(&mut self, change: PathChange) {
+        let path = match &change {
+            PathChange::Socket(socket) => socket.path.as_str(),
+            PathChange::Line(line) => line.path(),
+            PathChange::Gone(path) => path,
+        };
+        self.sockets.retain(|socket| socket.path != path);
+        self.lines.retain(|line| line.path() != path);
+        match change {
+            PathChange::Socket(socket) => self.sockets.push(socket),
+            PathChange::Line(line) => self.lines.push(line),
+            PathChange::Gone(_) => {}
+        }
     }
 
-    /// The socket of a path.
-    #[must_use]
-    pub fn socket(&self, path: &str) -> Option<&HeartbeatSocket> {
-        self.sockets.iter().find(|socket| socket.path == path)
+    /// Sends a heartbeat on a path: to its peer's address there, or to the other end of the stream. One that
+    /// can't be sent now is lost.
+    pub fn send(
+        &mut self,
+        now: Time,
+        path: &str,
+        address: Option<SocketAddr>,
+        heartbeat: &Heartbeat,
+    ) {
+        let socket = self.sockets.iter().find(|socket| socket.path == path);
+        if let (Some(address), Some(socket)) = (address, socket) {
+            if let Err(error) = socket.send(address, heartbeat) {
+                // Silence on a path is what membership is there to notice.
+                tracing::trace!(%error, %address, path, "a heartbeat was not sent");
+            }
+        } else if let Some(index) = self.lines.iter().position(|line| line.path() == path)
+            && let Err(error) = self.lines[index].send(now, heartbeat)
+        {
+            self.lines.swap_remove(index).end(error);
+        }
     }
 
     /// Waits until a heartbeat may be there, someone wakes, or the time is over. Follow with
@@ -261,6 +349,7 @@ impl HeartbeatSockets {
             .iter()
             .map(|socket| PollFd::from_borrowed_fd(socket.socket.as_fd(), PollFlags::IN))
             .collect();
+        fds.extend(self.lines.iter().map(HeartbeatLine::poll_fd));
         fds.push(PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN));
         let timeout = Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
@@ -276,24 +365,46 @@ impl HeartbeatSockets {
         Ok(())
     }
 
-    /// All heartbeats that wait now.
-    ///
-    /// # Errors
-    /// A socket is unusable.
-    pub fn drain(&mut self) -> io::Result<Vec<Received>> {
-        let mut received = Vec::new();
+    /// All heartbeats that wait now, and with them what became of paths that can't be read from.
+    pub fn drain(&mut self) -> (Vec<Received>, Vec<(String, io::Error)>) {
+        let (mut received, mut errors) = (Vec::new(), Vec::new());
         for socket in &mut self.sockets {
-            while let Some(heartbeat) = socket.receive()? {
-                received.push(heartbeat);
+            loop {
+                match socket.receive() {
+                    Ok(Some(heartbeat)) => received.push(heartbeat),
+                    Ok(None) => break,
+                    // The other paths are the more needed.
+                    Err(error) => {
+                        errors.push((socket.path.clone(), error));
+                        break;
+                    }
+                }
             }
         }
-        Ok(received)
+        let mut index = 0;
+        while let Some(line) = self.lines.get_mut(index) {
+            match line.receive() {
+                Ok(heartbeats) => {
+                    let path = line.path().to_owned();
+                    received.extend(heartbeats.into_iter().map(|heartbeat| Received {
+                        path: path.clone(),
+                        from: None,
+                        heartbeat,
+                    }));
+                    index += 1;
+                }
+                Err(error) => self.lines.swap_remove(index).end(error),
+            }
+        }
+        (received, errors)
     }
 
-    /// Datagrams that were no authentic heartbeat, on all paths.
+    /// What arrived and was no authentic heartbeat, on all paths.
     #[must_use]
     pub fn ignored(&self) -> u64 {
-        self.sockets.iter().map(HeartbeatSocket::ignored).sum()
+        let sockets = self.sockets.iter().map(HeartbeatSocket::ignored);
+        let lines = self.lines.iter().map(HeartbeatLine::ignored);
+        sockets.chain(lines).sum()
     }
 }
 
@@ -352,6 +463,17 @@ mod tests {
     }
 
     #[test]
+    fn golden_content_of_a_frame() {
+        let sealed = HeartbeatKey::new(&[9; 32]).seal_short(CLUSTER, &heartbeat());
+        let hex: String = sealed.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            hex,
+            "01014dac0201010205090100000106c801fa01\
+             5b82aade18b8802132c9fc32b5d5e1a6"
+        );
+    }
+
+    #[test]
     fn heartbeats_arrive_with_their_path_and_garbage_is_counted() {
         let key = HeartbeatKey::new(&[1; 32]);
         let lan = socket("lan", &key);
@@ -367,7 +489,7 @@ mod tests {
         let mut got = Vec::new();
         for _ in 0..50 {
             sockets.wait(Duration::from_millis(100)).unwrap();
-            got.extend(sockets.drain().unwrap());
+            got.extend(sockets.drain().0);
             if got.len() == 1 && sockets.ignored() == 2 {
                 break;
             }
@@ -375,7 +497,7 @@ mod tests {
         assert_eq!(sockets.ignored(), 2);
         assert_eq!(got.len(), 1);
         assert_eq!(got[0].path, "repl");
-        assert_eq!(got[0].from, sender.local_address().unwrap());
+        assert_eq!(got[0].from, Some(sender.local_address().unwrap()));
         assert_eq!(got[0].heartbeat, heartbeat());
     }
 
@@ -396,6 +518,13 @@ mod tests {
         let sealed = key.seal(CLUSTER, &heartbeat());
         assert_eq!(key.open(CLUSTER, &sealed), Some(heartbeat()));
         assert_eq!(key.open(ClusterId([8; 16]), &sealed), None);
+        let short = key.seal_short(CLUSTER, &heartbeat());
+        assert_eq!(key.open_short(CLUSTER, &short), Some(heartbeat()));
+        assert_eq!(key.open_short(ClusterId([8; 16]), &short), None);
+        assert_eq!(
+            HeartbeatKey::new(&[2; 32]).open_short(CLUSTER, &short),
+            None
+        );
     }
 
     proptest! {
@@ -406,11 +535,16 @@ mod tests {
             let at = at.index(sealed.len());
             sealed[at] ^= 1 << bit;
             prop_assert_eq!(key.open(CLUSTER, &sealed), None);
+            let mut short = key.seal_short(CLUSTER, &heartbeat());
+            let at = at % short.len();
+            short[at] ^= 1 << bit;
+            prop_assert_eq!(key.open_short(CLUSTER, &short), None);
         }
 
         #[test]
         fn garbage_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             prop_assert_eq!(HeartbeatKey::new(&[1; 32]).open(CLUSTER, &bytes), None);
+            prop_assert_eq!(HeartbeatKey::new(&[1; 32]).open_short(CLUSTER, &bytes), None);
         }
     }
 }

@@ -8,12 +8,16 @@
 //! * [`rpc`]: requests between daemons, on the control port.
 //! * [`datalink`]: connections that carry one volume, on the data port; set up here, then handed
 //!   to the data path, which drives socket and TLS session itself.
-//! * [`heartbeat`]: datagrams, one socket per path.
+//! * [`heartbeat`]: datagrams, one socket per network, and all paths of a node together.
+//! * [`line`]: heartbeats on byte streams, in frames of [`framing`].
 //! * [`net`]: socket options and connecting.
 
 pub mod datalink;
+pub mod framing;
 pub mod heartbeat;
 pub mod identity;
+pub mod line;
+mod listen;
 pub mod net;
 pub mod random;
 pub mod rpc;
@@ -22,7 +26,9 @@ pub mod token;
 pub use datalink::{
     DataListener, EstablishedLink, LinkAdmission, LinkDialer, LinkError, WantedLink,
 };
-pub use heartbeat::{HeartbeatKey, HeartbeatSocket, HeartbeatSockets, HeartbeatWaker};
+pub use heartbeat::{HeartbeatKey, HeartbeatSocket, HeartbeatSockets, HeartbeatWaker, PathChange};
 pub use identity::{ClusterCa, Fingerprint, Identity, IdentityError, NodeKey};
+pub use line::HeartbeatLine;
+pub use listen::Listeners;
 pub use rpc::{Method, RpcClient, RpcConfig, RpcError, RpcHandler, RpcServer};
 pub use token::{Token, TokenError};

@@ -1,9 +1,10 @@
 //! Machines out of network namespaces, joined by two networks: `lan` for everything and `repl`,
-//! which replication prefers.
+//! which replication prefers; and by `six`, which has IPv6 only and of which daemons know nothing unless a test
+//! tells them.
 
 use std::{
     collections::BTreeMap,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     process::{Command, Stdio},
 };
 
@@ -11,6 +12,9 @@ use relevo_host::{command::NsCommand, hub::Hub, netns::NetNs};
 
 /// The networks; their numbers are the second byte of the addresses.
 const NETWORKS: [(&str, u8); 2] = [("lan", 79), ("repl", 80)];
+
+/// The third network.
+const SIX: &str = "six";
 
 /// What a cut machine can't do any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,7 +39,8 @@ impl Cables {
     /// The kernel refuses: the tests need root.
     #[must_use]
     pub fn new() -> Self {
-        let hub = Hub::new(&NETWORKS.map(|(network, _)| network)).unwrap();
+        let [(lan, _), (repl, _)] = NETWORKS;
+        let hub = Hub::new(&[lan, repl, SIX]).unwrap();
         Self {
             hub,
             machines: BTreeMap::new(),
@@ -53,7 +58,9 @@ impl Cables {
         let mut paths = Vec::new();
         for (network, byte) in NETWORKS {
             let address = Ipv4Addr::new(10, byte, 0, number);
-            self.hub.plug(name, &namespace, network, address).unwrap();
+            self.hub
+                .plug(name, &namespace, network, IpAddr::V4(address))
+                .unwrap();
             let mark = if network == "repl" {
                 ",replication"
             } else {
@@ -61,8 +68,18 @@ impl Cables {
             };
             paths.push(format!("{network}={address}{mark}"));
         }
+        let six = Self::six(number);
+        self.hub
+            .plug(name, &namespace, SIX, IpAddr::V6(six))
+            .unwrap();
         self.machines.insert(name.to_owned(), namespace.clone());
         (namespace, paths)
+    }
+
+    /// The address of the machine that was plugged in as the `number`th, from 1, on the network `six`.
+    #[must_use]
+    pub fn six(number: u8) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd79, 0, 0, 0, 0, 0, 0, u16::from(number))
     }
 
     /// Pulls or plugs a machine's cables.
@@ -71,12 +88,12 @@ impl Cables {
     /// There is no such machine.
     pub fn set(&self, machine: &str, up: bool) {
         // The replication path first: whoever connects when it comes back shall find it.
-        for (network, _) in NETWORKS.iter().rev() {
+        for network in ["repl", "lan", SIX] {
             self.hub.set_cable(machine, network, up).unwrap();
         }
     }
 
-    /// Pulls or plugs a machine's cable of one network: `lan` or `repl`.
+    /// Pulls or plugs a machine's cable of one network: `lan`, `repl` or `six`.
     ///
     /// # Panics
     /// There is no such machine or network.

@@ -273,7 +273,7 @@ impl Shared {
             }
         };
         let connected = Client::connect(&self.nodes[node], &self.volume, Some(CONNECT_TIMEOUT))
-            .and_then(|client| {
+            .and_then(|mut client| {
                 client.set_timeout(None)?;
                 Ok((client.breaker()?, client))
             });

@@ -292,6 +292,21 @@ impl Stage {
         eventually(HEAL_BOUND, &what, || self.ask(name, args).contains(words));
     }
 
+    /// What a node's daemon says of the cluster.
+    ///
+    /// # Panics
+    /// It does not answer.
+    #[must_use]
+    pub fn status(&self, name: &str) -> Value {
+        self.daemons[name].status()["cluster"].clone()
+    }
+
+    /// A directory that all machines have.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.site.path()
+    }
+
     /// What a node's daemon says to a question, such as `status`, whose exit code is an answer too.
     #[must_use]
     pub fn ask(&self, name: &str, args: &[&str]) -> String {

@@ -52,6 +52,7 @@ impl Control {
                 address: std::net::IpAddr::from([127, 0, 0, 1]),
                 replication: false,
             }],
+            streams: Vec::new(),
             ports: Ports::default(),
         };
         state.apply(&Command::Init {

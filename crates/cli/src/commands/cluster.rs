@@ -1,6 +1,6 @@
 //! `init`, `join`, `token`, `leave`.
 
-use std::{net::IpAddr, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use relevo_server::api::{
@@ -9,7 +9,7 @@ use relevo_server::api::{
 };
 use relevo_types::{
     Sensitivity,
-    cluster::{NodeKind, Ports},
+    cluster::{NodeKind, PathAddress, Ports},
 };
 
 use super::Context;
@@ -60,10 +60,11 @@ struct NodeArgs {
     /// Name of this node (default: the host name)
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
-    /// A network path and this node's address on it; repeat for more paths. Paths of two nodes
-    /// belong together by name. `,replication` marks the path that replication prefers (default:
-    /// one path `lan` with the address of the default route's interface)
-    #[arg(long = "path", value_name = "NAME=IP[,replication]", value_parser = parse_path)]
+    /// A path and this node's address on it: an IP address, or a byte stream to one other node that carries
+    /// heartbeats only, serial:DEVICE:BAUD or unix:SOCKET; repeat for more paths. Paths of two nodes
+    /// belong together by name. `,replication` marks the network that replication prefers (default:
+    /// `lan` with the address of the default route's interface)
+    #[arg(long = "path", value_name = "NAME=ADDRESS[,replication]", value_parser = parse_path)]
     paths: Vec<PathRequest>,
     /// First of three ports: control (TCP), heartbeat (UDP), data (TCP)
     #[arg(long, value_name = "BASE", default_value_t = Ports::default().control,
@@ -184,22 +185,25 @@ fn parse_path(text: &str) -> Result<PathRequest, String> {
     let (name, rest) = text
         .split_once('=')
         .ok_or_else(|| explain("there is no `=`"))?;
-    let (address, replication) = match rest.split_once(',') {
-        None => (rest, false),
-        Some((address, "replication")) => (address, true),
-        Some((_, other)) => return Err(explain(&format!("`{other}` is not known"))),
-    };
     if name.is_empty() {
         return Err(explain("the path has no name"));
     }
-    let address: IpAddr = address
-        .parse()
-        .map_err(|_| explain(&format!("`{address}` is no IP address")))?;
+    let (address, replication) = parse_address(rest).map_err(|what| explain(&what))?;
     Ok(PathRequest {
         name: name.to_owned(),
         address,
         replication,
     })
+}
+
+/// An address, and whether replication prefers it.
+pub(super) fn parse_address(text: &str) -> Result<(PathAddress, bool), String> {
+    let (address, replication) = match text.rsplit_once(',') {
+        None => (text, false),
+        Some((address, "replication")) => (address, true),
+        Some((_, other)) => return Err(format!("`{other}` is not known")),
+    };
+    Ok((address.parse()?, replication))
 }
 
 fn parse_seconds(text: &str) -> Result<u64, String> {
@@ -227,9 +231,11 @@ mod tests {
     fn paths_are_read() {
         let path = parse_path("repl=10.0.0.1,replication").unwrap();
         assert_eq!(path.name, "repl");
-        assert_eq!(path.address, "10.0.0.1".parse::<IpAddr>().unwrap());
+        assert_eq!(path.address, "10.0.0.1".parse().unwrap());
         assert!(path.replication);
         assert!(!parse_path("lan=fe80::1").unwrap().replication);
+        let path = parse_path("ser=serial:/dev/ttyS0:9600").unwrap();
+        assert_eq!(path.address.to_string(), "serial:/dev/ttyS0:9600");
         assert!(parse_path("10.0.0.1").unwrap_err().contains("NAME=IP"));
         assert!(parse_path("lan=host").unwrap_err().contains("`host`"));
         assert!(

@@ -4,6 +4,7 @@ mod cluster;
 mod confirm;
 mod daemon;
 mod events;
+mod node;
 mod order;
 mod replica;
 mod role;
@@ -53,6 +54,9 @@ pub enum Verb {
     Status,
     /// Show what happened, and with --follow what happens
     Events(events::EventsArgs),
+    /// Nodes of the cluster: their paths
+    #[command(subcommand)]
+    Node(node::NodeVerb),
     /// Replicated volumes
     #[command(subcommand)]
     Volume(volume::VolumeVerb),
@@ -133,6 +137,7 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         Verb::Leave => block_on(cluster::leave(&context)),
         Verb::Status => block_on(status::status(&context)),
         Verb::Events(args) => block_on(events::events(&context, args)),
+        Verb::Node(verb) => block_on(node::run(&context, verb)),
         Verb::Volume(verb) => block_on(volume::run(&context, verb)),
         Verb::Service(verb) => block_on(service::run(&context, verb)),
         Verb::Why(args) => block_on(why::why(&context, &args)),

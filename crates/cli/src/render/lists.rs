@@ -2,12 +2,15 @@
 
 use comfy_table::{Table, presets};
 use relevo_server::{
-    api::{Event, EventKind, EventLevel, PartState, ServiceState, ServiceStatus, VolumeStatus},
+    api::{
+        Event, EventKind, EventLevel, NodeStatus, PartState, ServiceState, ServiceStatus,
+        VolumeStatus,
+    },
     saved::SavedFile,
 };
 use relevo_types::size::format_size;
 
-use super::{age, clock};
+use super::{age, clock, status::path_words};
 
 /// The volumes as a table.
 #[must_use]
@@ -32,6 +35,23 @@ pub fn volume_list(volumes: &[VolumeStatus]) -> String {
             replicas.join(" "),
             device.map_or_else(|| "-".to_owned(), |path| path.display().to_string()),
         ]);
+    }
+    finish(&table)
+}
+
+/// The paths of all nodes as a table.
+#[must_use]
+pub fn path_list(nodes: &[NodeStatus]) -> String {
+    let mut table = table(&["NODE", "PATH", "ADDRESS", "STATE"]);
+    for node in nodes {
+        for path in &node.paths {
+            table.add_row([
+                node.name.clone(),
+                path.name.clone(),
+                path.address.clone(),
+                path_words(path),
+            ]);
+        }
     }
     finish(&table)
 }

@@ -9,7 +9,7 @@ mod status;
 mod tests;
 mod why;
 
-pub use lists::{event_line, saved_list, service_list, volume_list};
+pub use lists::{event_line, path_list, saved_list, service_list, volume_list};
 pub use metadata::metadata;
 pub use status::status;
 pub use why::why;

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use relevo_server::api::{
-    ClusterStatus, Health, NodeStatus, PathStatus, QuorumStatus, ReplicaStatus, ServiceState,
-    ServiceStatus, Status, VolumeStatus, WaitStatus,
+    ClusterStatus, Health, NodeStatus, PathCarries, PathStatus, QuorumStatus, ReplicaStatus,
+    ServiceState, ServiceStatus, Status, VolumeStatus, WaitStatus,
 };
 use relevo_types::{Sensitivity, cluster::NodeKind, size::format_size};
 
@@ -327,17 +327,28 @@ impl Page {
     }
 }
 
-fn path_words(path: &PathStatus) -> String {
+pub(super) fn path_words(path: &PathStatus) -> String {
+    if let Some(why) = &path.unusable {
+        return format!("UNUSABLE: {why}");
+    }
     let mut words = match path.up {
+        None if path.carries == PathCarries::Heartbeats => return "heartbeats only".to_owned(),
         None => return String::new(),
         Some(true) => "up".to_owned(),
         Some(false) => return "DOWN: no heartbeats arrive".to_owned(),
     };
+    let ms = |us: u32| format!("{}.{:02} ms", us / 1000, us % 1000 / 10);
     if let Some(us) = path.round_trip_us {
-        let _ = write!(words, ", round trip {}.{:02} ms", us / 1000, us % 1000 / 10);
+        let _ = write!(words, ", round trip {}", ms(us));
+    }
+    if let Some(us) = path.jitter_us {
+        let _ = write!(words, ", jitter {}", ms(us));
     }
     if path.loss_percent > 0 {
         let _ = write!(words, ", {} % of heartbeats lost", path.loss_percent);
+    }
+    if path.carries == PathCarries::Heartbeats {
+        words.push_str(", heartbeats only");
     }
     words
 }

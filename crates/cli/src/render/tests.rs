@@ -19,11 +19,13 @@ const DEGRADED: &str = r#"{
     "nodes": [
       {"name": "alfa", "id": "n1", "kind": "data", "state": "alive", "reason": null, "since_unix_ms": null,
        "voter": true, "standby": false, "evicted": false,
-       "paths": [{"name": "lan", "address": "10.0.0.1", "up": null, "round_trip_us": null, "loss_percent": 0}]},
+       "paths": [{"name": "lan", "address": "10.0.0.1", "carries": "all", "up": null, "round_trip_us": null, "loss_percent": 0}]},
       {"name": "beta", "id": "n2", "kind": "data", "state": "alive", "reason": null, "since_unix_ms": 1700000090000,
        "voter": true, "standby": true, "evicted": false,
-       "paths": [{"name": "lan", "address": "10.0.0.2", "up": true, "round_trip_us": 312, "loss_percent": 3},
-                 {"name": "repl", "address": "10.9.0.2", "up": false, "round_trip_us": null, "loss_percent": 100}]},
+       "paths": [{"name": "lan", "address": "10.0.0.2", "carries": "all", "up": true, "round_trip_us": 312, "jitter_us": 45, "loss_percent": 3},
+                 {"name": "repl", "address": "10.9.0.2", "carries": "all", "up": false, "round_trip_us": null, "loss_percent": 100},
+                 {"name": "ser", "address": "serial:/dev/ttyS0:9600", "carries": "heartbeats", "up": true, "round_trip_us": 210000, "loss_percent": 0},
+                 {"name": "usb", "address": "serial:/dev/ttyUSB0:9600", "carries": "heartbeats", "up": false, "loss_percent": 100, "unusable": "there is no such device"}]},
       {"name": "wit", "id": "n3", "kind": "witness", "state": "dead", "reason": "silent on lan for 1.0 s",
        "since_unix_ms": 1700000095000, "voter": true, "standby": false, "evicted": true, "paths": []}
     ],
@@ -65,8 +67,10 @@ Nodes
   alfa  alive (this node)
         path lan  10.0.0.1
   beta  alive for 10 s - standby: services leave it
-        path lan   10.0.0.2  up, round trip 0.31 ms, 3 % of heartbeats lost
-        path repl  10.9.0.2  DOWN: no heartbeats arrive
+        path lan   10.0.0.2                  up, round trip 0.31 ms, jitter 0.04 ms, 3 % of heartbeats lost
+        path repl  10.9.0.2                  DOWN: no heartbeats arrive
+        path ser   serial:/dev/ttyS0:9600    up, round trip 210.00 ms, heartbeats only
+        path usb   serial:/dev/ttyUSB0:9600  UNUSABLE: there is no such device
   wit   dead for 5.0 s (witness) - evicted: what it held was taken from it
         silent on lan for 1.0 s
 

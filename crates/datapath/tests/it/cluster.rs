@@ -84,6 +84,7 @@ fn spec(name: &str) -> NodeSpec {
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             replication: false,
         }],
+        streams: Vec::new(),
         ports: Ports::default(),
     }
 }
@@ -354,7 +355,7 @@ impl Cluster {
     }
 
     fn establish(&mut self, continues: bool) -> [EstablishedLink; 2] {
-        let addresses = self.listener.addresses().to_vec();
+        let addresses = self.listener.addresses();
         let encryption = self.volume().options.encryption;
         let (dialer, listener) = (&self.dialer, &mut self.listener);
         let wait = Duration::from_secs(5);

@@ -138,7 +138,8 @@ impl Client {
     ///
     /// # Errors
     /// The system's, for a time-out of zero.
-    pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+    pub fn set_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.pipeline.timeout = timeout;
         self.pipeline.stream.get_ref().set_timeout(timeout)
     }
 

@@ -6,16 +6,25 @@ use std::{
     collections::{BTreeMap, BTreeSet, BinaryHeap},
 };
 
-use relevo_membership::{Effect, Heartbeat, Input, Liveness, MemberConfig, Membership};
+use relevo_membership::{Effect, Heartbeat, Input, Liveness, MemberConfig, Membership, PathConfig};
 use relevo_types::{Instance, LeaseGeneration, NodeId, Time, Timing};
 
 const MS: u64 = 1_000_000;
+
+/// The networks of every node.
+pub(crate) const NETWORKS: [&str; 2] = ["lan", "repl"];
+
+/// A slow line between the first two nodes, and how long a heartbeat takes there at most.
+const LINE: &str = "line";
+const LINE_MS: u64 = 120;
 
 /// A fault, at a true time in milliseconds.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
     /// Nothing gets from one node to the other; one way.
     Cut { from: u8, to: u8, ms: u64 },
+    /// Nothing gets over one path, whoever sends.
+    CutPath { path: &'static str, ms: u64 },
     /// Nothing gets to or from a node.
     Isolate { node: u8, ms: u64 },
     /// A share of all heartbeats is lost.
@@ -99,6 +108,7 @@ pub(crate) struct Cluster {
     machines: Vec<Machine>,
     messages: Vec<(String, Heartbeat)>,
     cuts: Vec<(usize, usize, u64)>,
+    cut_paths: Vec<(&'static str, u64)>,
     loss: (u8, u64),
     delay: (u64, u64),
     /// The control log: the standing of all nodes after each entry.
@@ -106,6 +116,8 @@ pub(crate) struct Cluster {
     random: u64,
     pub(crate) evictions: usize,
     pub(crate) readmissions: usize,
+    /// Who took whom for suspect or dead, by position.
+    pub(crate) doubts: Vec<(usize, usize)>,
 }
 
 fn id(index: usize) -> NodeId {
@@ -138,6 +150,8 @@ impl Cluster {
             machines,
             messages: Vec::new(),
             cuts: Vec::new(),
+            cut_paths: Vec::new(),
+            doubts: Vec::new(),
             loss: (0, 0),
             delay: (0, 0),
             log: vec![standing],
@@ -197,6 +211,12 @@ impl Cluster {
         Ok(())
     }
 
+    /// Whether a node, by position, holds its lease.
+    pub(crate) fn has_lease(&self, node: usize) -> bool {
+        let core = self.machines[node].core.as_ref();
+        core.is_some_and(|core| core.lease_until() > self.local(node))
+    }
+
     fn at(&mut self, at: u64, event: Event) {
         self.events += 1;
         self.queue
@@ -244,8 +264,12 @@ impl Cluster {
                     .cuts
                     .iter()
                     .any(|(f, t, until)| (*f, *t) == (from, node) && self.now < *until);
-                if !cut {
-                    let (path, heartbeat) = self.messages[message].clone();
+                let (path, heartbeat) = self.messages[message].clone();
+                let cut_path = self
+                    .cut_paths
+                    .iter()
+                    .any(|(cut, until)| *cut == path && self.now < *until);
+                if !cut && !cut_path {
                     self.input(node, Input::Heartbeat { path, heartbeat });
                 }
             }
@@ -306,13 +330,26 @@ impl Cluster {
 
     fn members(&self, node: usize) -> BTreeMap<NodeId, MemberConfig> {
         let standing = &self.log[self.machines[node].applied - 1];
-        let config = |(generation, evicted): (LeaseGeneration, bool)| MemberConfig {
-            paths: vec!["lan".to_owned(), "repl".to_owned()],
-            generation,
-            evicted,
-            voter: true,
+        let path = |name: &str, every| PathConfig {
+            name: name.to_owned(),
+            every,
         };
-        standing.iter().map(|(id, s)| (*id, config(*s))).collect()
+        let config = |of: NodeId, (generation, evicted): (LeaseGeneration, bool)| {
+            let mut paths = NETWORKS.map(|network| path(network, 1)).to_vec();
+            if node < 2 && of.0 <= 2 {
+                paths.push(path(LINE, 2));
+            }
+            MemberConfig {
+                paths,
+                generation,
+                evicted,
+                voter: true,
+            }
+        };
+        standing
+            .iter()
+            .map(|(id, s)| (*id, config(*id, *s)))
+            .collect()
     }
 
     fn input(&mut self, node: usize, input: Input) {
@@ -356,7 +393,8 @@ impl Cluster {
                 } else {
                     0
                 };
-                let at = self.now + 50_000 + self.draw(500_000) + slow;
+                let line = if path == LINE { LINE_MS * MS } else { 0 };
+                let at = self.now + 50_000 + self.draw(500_000) + slow + line;
                 let to = usize::try_from(to.0 - 1).unwrap();
                 self.messages.push((path, heartbeat));
                 let message = self.messages.len() - 1;
@@ -387,6 +425,12 @@ impl Cluster {
                     },
                 );
             }
+            Effect::Liveness {
+                node: of, liveness, ..
+            } if liveness != Liveness::Alive => {
+                let of = usize::try_from(of.0 - 1).unwrap();
+                self.doubts.push((node, of));
+            }
             _ => {}
         }
     }
@@ -403,6 +447,7 @@ impl Cluster {
                 );
                 self.cuts.push(cut);
             }
+            Fault::CutPath { path, ms } => self.cut_paths.push((path, until(ms))),
             Fault::Isolate { node, ms } => {
                 let node = usize::from(node) % count;
                 let until = until(ms);

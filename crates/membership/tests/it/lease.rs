@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use relevo_types::{Sensitivity, Timing};
 
-use crate::cluster::{Cluster, Fault, Plan};
+use crate::cluster::{Cluster, Fault, NETWORKS, Plan};
 
 /// Faults happen in this time; then there is quiet.
 const FAULTS_MS: u64 = 12_000;
@@ -57,6 +57,64 @@ proptest! {
         if let Err(unwell) = cluster.healed() {
             return Err(TestCaseError::fail(unwell));
         }
+    }
+}
+
+/// Networks go down one after another, each for a while, the next one as soon as the last is back.
+fn one_by_one() -> impl Strategy<Value = Vec<(u64, Fault)>> {
+    let cuts = prop::collection::vec((0..NETWORKS.len(), 50..4000u64, 0..300u64), 1..8);
+    cuts.prop_map(|cuts| {
+        let mut at = 1000;
+        let mut faults = Vec::new();
+        for (network, ms, pause) in cuts {
+            let path = NETWORKS[network];
+            faults.push((at, Fault::CutPath { path, ms }));
+            at += ms + pause;
+        }
+        faults
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_loss_of_one_path_after_another_moves_nothing(
+        faults in one_by_one(),
+        drift_permille in prop::collection::vec(-40..=40i64, 5),
+        nodes in 3..=5u8,
+        seed in any::<u64>(),
+    ) {
+        let timing = Sensitivity::Normal.timing();
+        let mut cluster = Cluster::new(Plan { nodes, drift_permille, faults, seed, timing });
+        prop_assert_eq!(cluster.run(40_000), Ok(()));
+        prop_assert_eq!(cluster.healed(), Ok(()));
+        prop_assert_eq!(cluster.evictions, 0);
+        prop_assert_eq!(&cluster.doubts, &[]);
+    }
+
+    /// All networks are down at once: the two at the ends of the line hold each other's lease through it, and the
+    /// third is lost.
+    #[test]
+    fn a_slow_line_alone_keeps_two_nodes_alive(
+        drift_permille in prop::collection::vec(-40..=40i64, 5),
+        seed in any::<u64>(),
+        ms in 2500..8000u64,
+    ) {
+        let timing = Sensitivity::Normal.timing();
+        let faults = NETWORKS.map(|path| (2000, Fault::CutPath { path, ms })).to_vec();
+        let mut cluster = Cluster::new(Plan { nodes: 3, drift_permille, faults, seed, timing });
+        prop_assert_eq!(cluster.run(1990), Ok(()));
+        for at in (2000..2000 + ms).step_by(100) {
+            prop_assert_eq!(cluster.run(at), Ok(()));
+            for node in [0, 1] {
+                prop_assert!(cluster.has_lease(node), "{} at {} ms", node, at);
+            }
+        }
+        prop_assert!(cluster.doubts.contains(&(0, 2)));
+        prop_assert!(!cluster.doubts.iter().any(|(one, other)| *one < 2 && *other < 2));
+        prop_assert_eq!(cluster.run(2000 + ms + QUIET_MS), Ok(()));
+        prop_assert_eq!(cluster.healed(), Ok(()));
     }
 }
 

@@ -90,6 +90,7 @@ fn spec(name: &str, kind: NodeKind) -> NodeSpec {
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             replication: false,
         }],
+        streams: Vec::new(),
         ports: Ports::default(),
     }
 }

@@ -45,6 +45,7 @@ fn node_spec(name: &str) -> NodeSpec {
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             replication: false,
         }],
+        streams: Vec::new(),
         ports: Ports::default(),
     }
 }

@@ -122,6 +122,7 @@ fn spec(name: &str) -> NodeSpec {
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             replication: false,
         }],
+        streams: Vec::new(),
         ports: Ports::default(),
     }
 }

@@ -21,9 +21,9 @@ pub use request::{
 };
 pub use status::{
     ClusterStatus, DaemonStatus, DiffersStatus, Event, EventKind, EventLevel, FailureStatus,
-    Health, LeaseStatus, LossStatus, NodeStatus, PartState, PartStatus, PathStatus, QuorumStatus,
-    ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, StateChange, Status, VolumeStatus,
-    WaitStatus, WhyAnswer, WhyNode,
+    Health, LeaseStatus, LossStatus, NodeStatus, PartState, PartStatus, PathCarries, PathStatus,
+    QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, StateChange, Status,
+    VolumeStatus, WaitStatus, WhyAnswer, WhyNode,
 };
 
 /// Name of the socket within the state directory.

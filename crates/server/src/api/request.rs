@@ -8,7 +8,7 @@ use std::{
 
 use relevo_types::{
     Sensitivity,
-    cluster::{NodeKind, NodePath, NodeSpec, Ports, Protocol},
+    cluster::{NodeKind, NodeSpec, PathAddress, Ports, Protocol},
 };
 use serde::{Deserialize, Serialize};
 
@@ -18,21 +18,22 @@ use serde::{Deserialize, Serialize};
 pub struct NodeRequest {
     /// Unique name; `None`: the host name.
     pub name: Option<String>,
-    /// Its addresses; empty: one path `lan` with the address of the default route's interface.
+    /// Its paths; without a network among them: also one named `lan` with the address of the default route's
+    /// interface.
     pub paths: Vec<PathRequest>,
     /// Its ports.
     pub ports: Ports,
 }
 
-/// An address on a path.
+/// A path of a node; also `POST /v1/nodes/{name}/paths`, answered when the node uses it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PathRequest {
     /// Name of the path, the same on every node that is on it.
     pub name: String,
-    /// This node's address there.
-    pub address: IpAddr,
-    /// Replication prefers this path.
+    /// This node's address there: `10.0.0.1`, `fd00::1`, `serial:/dev/ttyS0:115200`, `unix:/run/line.sock`.
+    pub address: PathAddress,
+    /// Replication prefers this path. Not for a stream, which carries heartbeats only.
     #[serde(default)]
     pub replication: bool,
 }
@@ -386,25 +387,20 @@ impl NodeRequest {
     /// The request as the control log wants it, with what was left out filled in.
     #[must_use]
     pub fn into_spec(self, kind: NodeKind, host_name: &str, address: IpAddr) -> NodeSpec {
-        let path = |path: PathRequest| NodePath {
-            name: path.name,
-            address: path.address,
-            replication: path.replication,
-        };
-        let mut paths: Vec<NodePath> = self.paths.into_iter().map(path).collect();
-        if paths.is_empty() {
-            paths.push(NodePath {
-                name: DEFAULT_PATH.to_owned(),
-                address,
-                replication: false,
-            });
-        }
-        NodeSpec {
+        let mut spec = NodeSpec {
             name: self.name.unwrap_or_else(|| host_name.to_owned()),
             kind,
-            paths,
+            paths: Vec::new(),
+            streams: Vec::new(),
             ports: self.ports,
+        };
+        for path in &self.paths {
+            spec.push_path(&path.name, &path.address, path.replication);
         }
+        if spec.paths.is_empty() {
+            spec.push_path(DEFAULT_PATH, &PathAddress::Ip(address), false);
+        }
+        spec
     }
 }
 

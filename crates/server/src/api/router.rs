@@ -17,9 +17,9 @@ use tokio::sync::broadcast;
 use super::{
     AddReplicaRequest, ApiError, ClusterStatus, ConfirmRequest, CreateServiceRequest,
     CreateVolumeRequest, Done, ErrorKind, Event, HoldRequest, InitAnswer, InitRequest, JoinAnswer,
-    JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PlacementRequest,
-    ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer, TokenRequest,
-    VolumeStatus, WaitSyncRequest, WhyAnswer,
+    JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PathRequest,
+    PlacementRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
+    TokenRequest, VolumeStatus, WaitSyncRequest, WhyAnswer,
 };
 use crate::app::App;
 
@@ -62,6 +62,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/services/{name}/hold", post(hold_service))
         .route("/v1/services/{name}/why", get(why_service))
         .route("/v1/nodes/{name}/standby", post(set_standby))
+        .route("/v1/nodes/{name}/paths", post(add_path))
+        .route("/v1/nodes/{name}/paths/{path}", delete(remove_path))
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
         .with_state(app)
@@ -292,6 +294,24 @@ async fn set_standby(
     let request: StandbyRequest = body(&bytes)?;
     let cluster = app.running()?;
     to_the_end(async move { cluster.set_standby(&name, request.standby).await }).await
+}
+
+async fn add_path(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    bytes: Bytes,
+) -> Answer<Done> {
+    let request: PathRequest = body(&bytes)?;
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.add_path(&name, request).await }).await
+}
+
+async fn remove_path(
+    State(app): State<Arc<App>>,
+    Path((name, path)): Path<(String, String)>,
+) -> Answer<Done> {
+    let cluster = app.running()?;
+    to_the_end(async move { cluster.remove_path(&name, &path).await }).await
 }
 
 /// Carries a call of several steps out to its end even when the caller hangs up in the middle:

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use relevo_membership::PathTrouble;
 use relevo_types::{Sensitivity, cluster::NodeKind};
 use serde::{Deserialize, Serialize};
 
@@ -126,14 +127,32 @@ pub struct NodeStatus {
 pub struct PathStatus {
     /// Its name.
     pub name: String,
-    /// The node's address there.
+    /// The node's address there: an IP address, or a stream as in `serial:/dev/ttyS0:115200`.
     pub address: String,
+    /// What it carries.
+    pub carries: PathCarries,
     /// Heartbeats arrive; `None` for the answering node itself.
     pub up: Option<bool>,
-    /// Round trip in microseconds.
+    /// Smoothed round trip in microseconds.
     pub round_trip_us: Option<u32>,
+    /// Smoothed variation of the round trip in microseconds, as in RFC 3550.
+    pub jitter_us: Option<u32>,
     /// Heartbeats missed of the last 100, in percent.
     pub loss_percent: u8,
+    /// The alarm that the answering node has about it.
+    pub trouble: Option<PathTrouble>,
+    /// Why the node itself can't use it: its address or device is missing, say.
+    pub unusable: Option<String>,
+}
+
+/// What goes over a path.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PathCarries {
+    /// Heartbeats, the control log and replication.
+    All,
+    /// A byte stream: heartbeats and nothing else.
+    Heartbeats,
 }
 
 /// A volume.

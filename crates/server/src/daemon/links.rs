@@ -9,11 +9,12 @@ use std::{
 };
 
 use relevo_transport::{
-    DataListener, EstablishedLink, Identity, LinkAdmission, WantedLink, datalink::LinkDialer,
+    DataListener, EstablishedLink, Identity, LinkAdmission, Listeners, WantedLink,
+    datalink::LinkDialer,
 };
 use relevo_types::{
     NodeId, Time, VolumeId,
-    cluster::{ClusterState, Encryption},
+    cluster::{ClusterState, Encryption, NodePath},
 };
 use tokio::{runtime::Handle, sync::watch, task::JoinSet};
 
@@ -50,24 +51,22 @@ struct Inner {
     dialing: Mutex<BTreeSet<(VolumeId, NodeId)>>,
     /// When each link was last made, and how long that had waited.
     made: Mutex<BTreeMap<(VolumeId, NodeId), (Time, Duration)>>,
-    /// Where each link last went to.
-    remotes: Mutex<BTreeMap<(VolumeId, NodeId), IpAddr>>,
     runtime: Handle,
 }
 
-/// Listens on the data port, and dials from now on.
+/// Takes links on the data port, wherever it is told to listen, and dials from now on.
 pub(crate) fn start(
     tasks: &mut JoinSet<()>,
-    addresses: &[SocketAddr],
     identity: &Arc<Identity>,
     volumes: &Volumes,
     states: watch::Receiver<Arc<ClusterState>>,
-) -> io::Result<()> {
+) -> io::Result<Listeners> {
     let me = identity.node();
     let known = states.clone();
     let admission: LinkAdmission =
         Arc::new(move |peer, volume| admit(&known.borrow(), me, peer, volume));
-    let mut listener = DataListener::bind(addresses, identity, admission)?;
+    let mut listener = DataListener::bind(&[], identity, admission)?;
+    let listeners = listener.listeners().clone();
     let accepting = volumes.clone();
     tasks.spawn(async move {
         while let Some(link) = listener.accept().await {
@@ -83,11 +82,10 @@ pub(crate) fn start(
             states,
             dialing: Mutex::default(),
             made: Mutex::default(),
-            remotes: Mutex::default(),
             runtime: Handle::current(),
         }),
     });
-    Ok(())
+    Ok(listeners)
 }
 
 /// Both must have a replica of the volume. Gives what its configuration says of encryption.
@@ -125,62 +123,118 @@ impl Dialer {
             lock(&inner.dialing).remove(&(volume, peer));
             if let Some((link, waited)) = link {
                 let remote = link.remote.ip();
-                inner.hand_over(link, waited);
-                prefer(&inner, volume, peer, remote).await;
+                let made = inner.hand_over(link, waited);
+                keep_on_its_path(&inner, (volume, peer), made, remote).await;
             }
         });
     }
 }
 
 impl Inner {
-    fn hand_over(&self, link: EstablishedLink, waited: Duration) {
+    fn hand_over(&self, link: EstablishedLink, waited: Duration) -> Time {
         tracing::info!(volume = %link.volume, peer = %link.peer, remote = %link.remote, "a data link is made");
-        lock(&self.remotes).insert((link.volume, link.peer), link.remote.ip());
-        let made = (relevo_host::clock::now(), waited);
-        lock(&self.made).insert((link.volume, link.peer), made);
+        let now = relevo_host::clock::now();
+        lock(&self.made).insert((link.volume, link.peer), (now, waited));
         self.volumes.link(link);
+        now
     }
 }
 
-/// Brings a link back to a path that is marked for replication, when it had to be made on another
-/// one. The link goes on on the new connection: nobody leaves the in-sync set for it. Ends when the link
+/// Moves a link to a path that is marked for replication when it had to be made on another one, and away from a path
+/// that was removed. It goes on on the new connection: nobody leaves the in-sync set for it. Ends when the link
 /// changed otherwise.
-async fn prefer(inner: &Inner, volume: VolumeId, peer: NodeId, remote: IpAddr) {
+async fn keep_on_its_path(
+    inner: &Inner,
+    (volume, peer): (VolumeId, NodeId),
+    mut made: Time,
+    mut remote: IpAddr,
+) {
+    let mut states = inner.states.clone();
+    let mut rested = false;
     loop {
-        let preferred: Vec<SocketAddr> = {
-            let state = inner.states.borrow();
-            let Some(node) = state.nodes.get(&peer) else {
-                return;
-            };
-            let marked = node.spec.paths.iter().filter(|path| path.replication);
-            marked
-                .map(|path| SocketAddr::new(path.address, node.spec.ports.data))
-                .collect()
-        };
-        if preferred.is_empty() || preferred.iter().any(|address| address.ip() == remote) {
-            return;
-        }
-        tokio::time::sleep(PREFER_EVERY).await;
-        let unchanged = lock(&inner.remotes).get(&(volume, peer)) == Some(&remote);
+        let last = lock(&inner.made).get(&(volume, peer)).copied();
+        let unchanged = last.is_some_and(|(last, _)| last == made);
         if !unchanged || inner.volumes.shared.live(volume).is_none() {
             return;
         }
-        let admitted = admit(&inner.states.borrow(), inner.me, peer, volume);
-        let Ok(encryption) = admitted else {
+        let state = states.borrow_and_update().clone();
+        let ways = Ways::between(&state, inner.me, peer);
+        let admitted = admit(&state, inner.me, peer, volume);
+        let (Some(ways), Ok(encryption)) = (ways, admitted) else {
             return;
         };
+        let better = ways.better_than(remote);
+        if better.is_empty() {
+            if states.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        if !ways.is_removed(remote) && !rested {
+            // The path that was left may not be back to stay.
+            tokio::time::sleep(PREFER_EVERY).await;
+            rested = true;
+            continue;
+        }
         let wanted = WantedLink {
             continues: true,
             ..WantedLink::new(volume, encryption)
         };
         let dialed = inner
             .dialer
-            .dial(peer, &preferred, wanted, CONNECT_TIMEOUT)
+            .dial(peer, &better, wanted, CONNECT_TIMEOUT)
             .await;
-        if let Ok(link) = dialed {
-            inner.hand_over(link, Duration::ZERO);
-            return;
+        match dialed {
+            Ok(link) => {
+                remote = link.remote.ip();
+                made = inner.hand_over(link, Duration::ZERO);
+                rested = false;
+            }
+            Err(error) => {
+                tracing::debug!(%error, %volume, "a data link does not move yet");
+                tokio::time::sleep(PREFER_EVERY).await;
+            }
         }
+    }
+}
+
+/// The networks that two nodes are both on, as addresses of the peer's data port.
+struct Ways {
+    marked: Vec<SocketAddr>,
+    others: Vec<SocketAddr>,
+}
+
+impl Ways {
+    fn between(state: &ClusterState, me: NodeId, peer: NodeId) -> Option<Self> {
+        let (me, peer) = state.nodes.get(&me).zip(state.nodes.get(&peer))?;
+        let shared = |path: &&NodePath| me.spec.paths.iter().any(|own| own.name == path.name);
+        let paths = peer.spec.paths.iter().filter(shared);
+        let (marked, others): (Vec<_>, Vec<_>) = paths.partition(|path| path.replication);
+        let addresses = |paths: Vec<&NodePath>| {
+            let addresses = paths.into_iter();
+            addresses
+                .map(|path| SocketAddr::new(path.address, peer.spec.ports.data))
+                .collect()
+        };
+        Some(Self {
+            marked: addresses(marked),
+            others: addresses(others),
+        })
+    }
+
+    /// Whether a link goes over none of them. Where the two share none, it goes as it can.
+    fn is_removed(&self, remote: IpAddr) -> bool {
+        let mut all = self.marked.iter().chain(&self.others).peekable();
+        all.peek().is_some() && all.all(|address| address.ip() != remote)
+    }
+
+    /// Where a link shall rather go, in order; none if it is well where it is.
+    fn better_than(&self, remote: IpAddr) -> Vec<SocketAddr> {
+        if self.marked.iter().any(|address| address.ip() == remote) {
+            return Vec::new();
+        }
+        let others = self.others.iter().filter(|_| self.is_removed(remote));
+        self.marked.iter().chain(others).copied().collect()
     }
 }
 
@@ -204,8 +258,8 @@ async fn dial(
         let (addresses, encryption) = {
             let state = inner.states.borrow();
             let encryption = admit(&state, inner.me, peer, volume).ok()?;
-            let node = state.nodes.get(&peer);
-            let addresses = node.map(relevo_types::cluster::Node::data_addresses);
+            let nodes = state.nodes.get(&peer).zip(state.nodes.get(&inner.me));
+            let addresses = nodes.map(|(peer, me)| peer.data_addresses(&me.spec));
             (addresses.unwrap_or_default(), encryption)
         };
         // Detached meanwhile.
@@ -271,6 +325,7 @@ mod tests {
                 address: "127.0.0.1".parse().unwrap(),
                 replication: false,
             }],
+            streams: Vec::new(),
             ports: Ports::default(),
         };
         let mut state = ClusterState::default();

@@ -12,6 +12,7 @@ pub(crate) mod links;
 pub(crate) mod mailbox;
 pub(crate) mod node_loop;
 pub(crate) mod parts;
+pub(crate) mod paths;
 pub(crate) mod volume_worker;
 pub(crate) mod volumes;
 pub(crate) mod words;

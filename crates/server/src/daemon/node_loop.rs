@@ -14,13 +14,12 @@ use std::{
     time::Duration,
 };
 
-use relevo_membership::Heartbeat;
 use relevo_node::{
     Effect, Input, Node, NodeConfig, NodeEvent, NodeStatus, PartOrder, ProposalId, Report,
     VolumeOrder,
 };
 use relevo_planner::Fitness;
-use relevo_transport::{HeartbeatSockets, HeartbeatWaker};
+use relevo_transport::{HeartbeatSockets, HeartbeatWaker, PathChange};
 use relevo_types::{
     LeaseGeneration, NodeId, ServiceId, Time, VolumeId,
     cluster::{ClusterState, Command},
@@ -53,6 +52,7 @@ pub(crate) trait Hands: Send {
 /// What the loop takes.
 enum Message {
     Input(Box<Input>),
+    Path(Box<PathChange>),
     Status(oneshot::Sender<NodeStatus>),
     Verdicts(ServiceId, oneshot::Sender<BTreeMap<NodeId, Fitness>>),
     Stop,
@@ -70,6 +70,11 @@ impl NodeInbox {
     /// listens, and nothing is lost by that.
     pub(crate) fn tell(&self, input: Input) {
         self.send(Message::Input(Box::new(input)));
+    }
+
+    /// Uses a path for heartbeats from now on, or no longer.
+    pub(crate) fn path(&self, change: PathChange) {
+        self.send(Message::Path(Box::new(change)));
     }
 
     /// What the node knows; `None` after its end.
@@ -187,6 +192,7 @@ impl<H: Hands> NodeLoop<H> {
                     }
                     self.node.handle(now, *input, &mut self.effects);
                 }
+                Ok(Message::Path(change)) => self.sockets.change(*change),
                 // A caller that hung up needs no answer.
                 Ok(Message::Status(answer)) => drop(answer.send(self.node.status())),
                 Ok(Message::Verdicts(service, answer)) => {
@@ -203,17 +209,16 @@ impl<H: Hands> NodeLoop<H> {
     }
 
     fn take_heartbeats(&mut self, now: Time) {
-        match self.sockets.drain() {
-            Ok(received) => {
-                for received in received {
-                    let input = Input::Heartbeat {
-                        path: received.path,
-                        heartbeat: received.heartbeat,
-                    };
-                    self.node.handle(now, input, &mut self.effects);
-                }
-            }
-            Err(error) => tracing::error!(%error, "can't receive heartbeats"),
+        let (received, errors) = self.sockets.drain();
+        for received in received {
+            let input = Input::Heartbeat {
+                path: received.path,
+                heartbeat: received.heartbeat,
+            };
+            self.node.handle(now, input, &mut self.effects);
+        }
+        for (path, error) in errors {
+            tracing::error!(%error, path, "can't receive heartbeats");
         }
     }
 
@@ -227,7 +232,9 @@ impl<H: Hands> NodeLoop<H> {
                     path,
                     heartbeat,
                 } => {
-                    self.send_heartbeat(to, &path, &heartbeat);
+                    let address = self.addresses.get(&to).and_then(|paths| paths.get(&path));
+                    let now = relevo_host::clock::now();
+                    self.sockets.send(now, &path, address.copied(), &heartbeat);
                 }
                 Effect::PersistCondemned { node, generation } => {
                     hands.persist_condemned(node, generation);
@@ -248,16 +255,6 @@ impl<H: Hands> NodeLoop<H> {
         }
         // The list keeps its memory for the next round.
         self.effects = effects;
-    }
-
-    fn send_heartbeat(&self, to: NodeId, path: &str, heartbeat: &Heartbeat) {
-        let address = self.addresses.get(&to).and_then(|paths| paths.get(path));
-        if let (Some(address), Some(socket)) = (address, self.sockets.socket(path))
-            && let Err(error) = socket.send(*address, heartbeat)
-        {
-            // Silence on a path is what membership is there to notice.
-            tracing::trace!(%error, %to, path, "a heartbeat was not sent");
-        }
     }
 }
 

@@ -6,13 +6,15 @@ use relevo_membership::Liveness;
 use relevo_node::{NodeStatus as Observed, Phase};
 use relevo_types::{
     BLOCK_SIZE, BlockRange, NodeId, ServiceId, Time,
-    cluster::{ClusterState, Differs, Node, Part, Replica, ReplicaStanding, Service, Volume},
+    cluster::{
+        ClusterState, Differs, Node, Part, PathAddress, Replica, ReplicaStanding, Service, Volume,
+    },
 };
 
 use super::{LocalReport, LocalVolume};
 use crate::api::{
     ClusterStatus, DiffersStatus, FailureStatus, LeaseStatus, NodeStatus, PartState, PartStatus,
-    PathStatus, QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus,
+    PathCarries, PathStatus, QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus,
     VolumeStatus, WaitStatus,
 };
 
@@ -189,21 +191,26 @@ impl Sources<'_> {
 
     fn paths(&self, node: &Node, peer: Option<&relevo_membership::PeerStatus>) -> Vec<PathStatus> {
         let mine = self.state.nodes.get(&self.me);
-        let shared = |name: &str| {
-            mine.is_none_or(|mine| mine.spec.paths.iter().any(|path| path.name == name))
-        };
+        let shared = |name: &str| mine.is_none_or(|mine| mine.spec.path(name).is_some());
+        let told = self.reports.get(&node.id).map(|report| &report.paths);
         node.spec
-            .paths
-            .iter()
-            .filter(|path| shared(&path.name))
-            .map(|path| {
-                let known = peer.and_then(|peer| peer.paths.iter().find(|p| p.name == path.name));
+            .all_paths()
+            .filter(|(name, _)| shared(name))
+            .map(|(name, address)| {
+                let known = peer.and_then(|peer| peer.paths.iter().find(|p| p.name == name));
                 PathStatus {
-                    name: path.name.clone(),
-                    address: path.address.to_string(),
+                    name: name.to_owned(),
+                    address: address.to_string(),
+                    carries: match address {
+                        PathAddress::Ip(_) => PathCarries::All,
+                        PathAddress::Line(_) => PathCarries::Heartbeats,
+                    },
                     up: known.map(|known| known.up),
                     round_trip_us: known.and_then(|known| known.round_trip_us),
+                    jitter_us: known.and_then(|known| known.jitter_us),
                     loss_percent: known.map_or(0, |known| known.loss_percent),
+                    trouble: known.and_then(|known| known.trouble),
+                    unusable: told.and_then(|told| told.get(name).cloned().flatten()),
                 }
             })
             .collect()

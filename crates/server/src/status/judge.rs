@@ -1,10 +1,11 @@
 //! The verdict on a status: what is not as it should be. Pure.
 
+use relevo_membership::PathTrouble;
 use relevo_types::BLOCK_SIZE;
 
 use crate::api::{
-    ClusterStatus, DiffersStatus, Health, NodeStatus, PartState, ReplicaStatus, ServiceState,
-    ServiceStatus, VolumeStatus,
+    ClusterStatus, DiffersStatus, Health, NodeStatus, PartState, PathCarries, PathStatus,
+    ReplicaStatus, ServiceState, ServiceStatus, VolumeStatus,
 };
 
 /// The health of a cluster, and a sentence for each thing that is not as it should be.
@@ -74,11 +75,69 @@ impl Findings {
             let problem = format!("node {name} has no vote yet: it is catching up");
             self.add(Health::Degraded, problem);
         }
-        if node.state == "alive" {
-            for path in node.paths.iter().filter(|path| path.up == Some(false)) {
-                let problem = format!("path {} to node {name} is down", path.name);
+        self.paths(node, this);
+    }
+
+    /// The loss of a path moves nothing, and leaves one way less.
+    fn paths(&mut self, node: &NodeStatus, this: bool) {
+        let name = &node.name;
+        for path in &node.paths {
+            if let Some(why) = &path.unusable {
+                let whose = if this { "this node" } else { name };
+                let problem = format!("{whose} can't use its path {}: {why}", path.name);
                 self.add(Health::Degraded, problem);
             }
+        }
+        if this || node.state != "alive" {
+            return;
+        }
+        let up = |path: &&PathStatus| path.up == Some(true);
+        let left: Vec<&str> = node
+            .paths
+            .iter()
+            .filter(up)
+            .map(|path| path.name.as_str())
+            .collect();
+        let networks = || {
+            node.paths
+                .iter()
+                .filter(|path| path.carries == PathCarries::All)
+        };
+        // All is said with one word then.
+        let cut_off = networks().next().is_some() && networks().all(|path| path.up == Some(false));
+        if cut_off {
+            let cut: Vec<&str> = networks().map(|path| path.name.as_str()).collect();
+            let problem = format!(
+                "node {name} is heard on {} alone, which carries heartbeats and nothing else: nothing can be replicated to it or decided with it from here. It counts as alive, so nothing it has is taken over; a primary without it and without a majority waits. Repair a network to it ({})",
+                left.join(", "),
+                cut.join(", ")
+            );
+            self.add(Health::Degraded, problem);
+        }
+        for path in &node.paths {
+            let problem = match path.trouble {
+                Some(PathTrouble::Down) if cut_off && path.carries == PathCarries::All => continue,
+                Some(PathTrouble::Down) if path.up == Some(true) => format!(
+                    "path {} to node {name} was down and is back; this ends when it has held for ten heartbeats",
+                    path.name
+                ),
+                Some(PathTrouble::Down) => {
+                    let next = match left.as_slice() {
+                        [one] => format!("if {one} is lost too, node {name} counts as dead"),
+                        _ => "nothing moves for it".to_owned(),
+                    };
+                    format!(
+                        "path {} to node {name} is down: {next}; look at its cable, interface and switch there and here, and at what filters packets",
+                        path.name
+                    )
+                }
+                Some(PathTrouble::Loss) => format!(
+                    "path {} to node {name} loses {} % of the heartbeats: what goes over it is slow; look at its cable, interface and switch, and at whether it is overloaded",
+                    path.name, path.loss_percent
+                ),
+                None => continue,
+            };
+            self.add(Health::Degraded, problem);
         }
     }
 

@@ -22,7 +22,12 @@ pub(crate) use judge::{judge, side_words};
 
 use crate::{
     api::PartState,
-    daemon::{node_loop::NodeInbox, parts::Parts, volumes::Volumes},
+    daemon::{
+        node_loop::NodeInbox,
+        parts::Parts,
+        paths::{PathBoard, Standing},
+        volumes::Volumes,
+    },
     rpc::fetch_report,
 };
 
@@ -38,6 +43,9 @@ pub(crate) struct LocalReport {
     pub(crate) services: BTreeMap<ServiceId, BTreeMap<usize, (PartState, Option<String>)>>,
     /// What the planner waits for, if it runs here.
     pub(crate) waits: Vec<(Option<ServiceId>, String)>,
+    /// Its own paths, and why it can't use one.
+    #[serde(default)]
+    pub(crate) paths: Standing,
 }
 
 /// A replica as its node sees it.
@@ -99,6 +107,7 @@ pub(crate) struct LocalSource {
     volumes: Volumes,
     parts: Parts,
     inbox: NodeInbox,
+    paths: PathBoard,
     states: watch::Receiver<Arc<ClusterState>>,
 }
 
@@ -107,12 +116,14 @@ impl LocalSource {
         volumes: Volumes,
         parts: Parts,
         inbox: NodeInbox,
+        paths: PathBoard,
         states: watch::Receiver<Arc<ClusterState>>,
     ) -> Self {
         Self {
             volumes,
             parts,
             inbox,
+            paths,
             states,
         }
     }
@@ -120,6 +131,7 @@ impl LocalSource {
     pub(crate) async fn report(&self) -> LocalReport {
         let mut report = LocalReport {
             volumes: self.local_volumes(),
+            paths: self.paths.read(),
             ..LocalReport::default()
         };
         let services: Vec<ServiceId> = self.states.borrow().services.keys().copied().collect();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use relevo_membership::{Liveness, PathStatus, PeerStatus};
+use relevo_membership::{Liveness, PathStatus, PathTrouble, PeerStatus};
 use relevo_node::{NodeStatus as Observed, Phase, ServiceStatus as Running};
 use relevo_types::{
     ClusterId, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, Time, VolumeId,
@@ -26,6 +26,7 @@ fn spec(name: &str, kind: NodeKind) -> NodeSpec {
             address: "10.0.0.1".parse().unwrap(),
             replication: false,
         }],
+        streams: Vec::new(),
         ports: Ports::default(),
     }
 }
@@ -118,7 +119,9 @@ fn peer(liveness: Liveness) -> PeerStatus {
             name: "lan".to_owned(),
             up: liveness == Liveness::Alive,
             round_trip_us: Some(200),
+            jitter_us: Some(30),
             loss_percent: 0,
+            trouble: None,
         }],
         condemned_by: vec![],
         heard_by: vec![],
@@ -176,6 +179,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         volumes: BTreeMap::from([(VolumeId(1), volume)]),
         services: BTreeMap::from([(ServiceId(1), parts)]),
         waits: vec![],
+        paths: Standing::new(),
     }
 }
 
@@ -384,4 +388,95 @@ fn without_a_majority_nothing_is_known() {
     assert_eq!(health, Health::Down);
     assert!(problems[0].contains("1 of 3 voters"), "{problems:?}");
     assert!(problems[1].contains("no leader"), "{problems:?}");
+}
+
+/// The paths of alfa, which answers, and beta: `lan`, `repl` and the stream `ser`.
+fn status_with_paths(beta: [(bool, Option<PathTrouble>); 3], own: Standing) -> ClusterStatus {
+    let mut state = state();
+    for (node, name, address) in [
+        (1, "repl", "fd00::1"),
+        (2, "repl", "fd00::2"),
+        (1, "ser", "serial:/dev/ttyS0:9600"),
+        (2, "ser", "serial:/dev/ttyS1:9600"),
+    ] {
+        let command = Command::AddPath {
+            node: NodeId(node),
+            name: name.to_owned(),
+            address: address.parse().unwrap(),
+            replication: false,
+        };
+        state.apply(&command).unwrap();
+    }
+    let mut observed = observed(Liveness::Alive, Phase::Running);
+    let paths = ["lan", "repl", "ser"].into_iter().zip(beta);
+    let paths = paths.map(|(name, (up, trouble))| PathStatus {
+        name: name.to_owned(),
+        up,
+        round_trip_us: None,
+        jitter_us: None,
+        loss_percent: if up { 12 } else { 100 },
+        trouble,
+    });
+    observed.membership.peers.get_mut(&NodeId(2)).unwrap().paths = paths.collect();
+    let mut report = report(None);
+    report.paths = own;
+    status(&state, &observed, report)
+}
+
+#[test]
+fn a_path_with_trouble_is_an_alarm_that_says_what_it_means() {
+    let well = (true, None);
+    let down = (false, Some(PathTrouble::Down));
+    let problems = |beta| judge(&status_with_paths(beta, Standing::new())).1;
+    assert_eq!(problems([well; 3]), [""; 0]);
+    assert_eq!(
+        problems([well, (false, None), well]),
+        [""; 0],
+        "a moment of silence"
+    );
+    let one = problems([well, down, well]);
+    assert_eq!(one.len(), 1);
+    assert!(
+        one[0].starts_with("path repl to node beta is down: nothing moves for it; look at"),
+        "{one:?}"
+    );
+    let two = problems([well, down, down]);
+    assert_eq!(two.len(), 2);
+    assert!(
+        two[0].contains("if lan is lost too, node beta counts as dead"),
+        "{two:?}"
+    );
+    let lossy = problems([well, (true, Some(PathTrouble::Loss)), well]);
+    assert!(
+        lossy[0].contains("loses 12 % of the heartbeats"),
+        "{lossy:?}"
+    );
+    let back = problems([well, (true, Some(PathTrouble::Down)), well]);
+    assert!(back[0].contains("was down and is back"), "{back:?}");
+    // By the stream alone.
+    let cut = problems([down, down, well]);
+    assert_eq!(cut.len(), 1, "{cut:?}");
+    assert!(
+        cut[0].starts_with(
+            "node beta is heard on ser alone, which carries heartbeats and nothing else"
+        ),
+        "{cut:?}"
+    );
+    assert!(
+        cut[0].ends_with("Repair a network to it (lan, repl)"),
+        "{cut:?}"
+    );
+    let own = Standing::from([("ser".to_owned(), Some("there is no such device".to_owned()))]);
+    let status = status_with_paths([well; 3], own);
+    let (_, unusable) = judge(&status);
+    assert_eq!(
+        unusable,
+        ["this node can't use its path ser: there is no such device"]
+    );
+    let paths = &status.nodes[1].paths;
+    assert_eq!(paths[2].address, "serial:/dev/ttyS1:9600");
+    assert_eq!(paths[2].carries, crate::api::PathCarries::Heartbeats);
+    assert_eq!(paths[0].carries, crate::api::PathCarries::All);
+    // The witness is not on the others.
+    assert_eq!(status.nodes[2].paths.len(), 1);
 }

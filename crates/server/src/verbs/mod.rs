@@ -4,6 +4,7 @@
 pub(crate) mod metadata;
 mod node;
 mod order;
+mod path;
 mod placement;
 mod replica;
 mod service;
@@ -120,7 +121,8 @@ fn rejected(what: &str, rejection: &Rejection) -> ApiError {
         Rejection::BadName { .. }
         | Rejection::BadSize { .. }
         | Rejection::BadReplicas { .. }
-        | Rejection::BadPlacement { .. } => ErrorKind::BadRequest,
+        | Rejection::BadPlacement { .. }
+        | Rejection::BadPath { .. } => ErrorKind::BadRequest,
         _ => ErrorKind::Refused,
     };
     ApiError::new(kind, what, reason, remedy)

@@ -17,7 +17,7 @@ use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     net::TcpStream,
     sync::{mpsc, oneshot, watch},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
     time::Instant,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -39,6 +39,11 @@ use crate::{
 /// second. Short enough to be back in a moment, long enough not to keep a processor busy.
 const BACKOFF_FIRST: Duration = Duration::from_millis(20);
 const BACKOFF_MOST: Duration = Duration::from_secs(1);
+
+/// How long answers under way may take when a connection's path was removed: longer than any request. And how
+/// often that is looked at.
+const RETIRE_WAIT: Duration = Duration::from_secs(20);
+const RETIRE_LOOK: Duration = Duration::from_millis(20);
 
 /// Connections to the other nodes. Dropping it closes them.
 #[derive(Debug)]
@@ -191,6 +196,7 @@ impl Dialer {
         let mut backoff = BACKOFF_FIRST;
         let mut path = 0;
         let mut rounds = 0;
+        let mut retired = JoinSet::new();
         loop {
             let known = addresses.borrow_and_update().clone();
             let mut failures = Vec::new();
@@ -200,7 +206,9 @@ impl Dialer {
                 match dial(address, &self.name, &self.tls, self.config.connect_timeout).await {
                     Ok(stream) => {
                         tracing::debug!(peer = self.peer, %address, "connected");
-                        let why = self.serve(stream, &link).await;
+                        let why = self
+                            .serve(stream, (address, &mut addresses), &mut retired, &link)
+                            .await;
                         tracing::info!(peer = self.peer, %address, why, "connection lost");
                         failures = vec![format!("{address}: {why}")];
                         // The path that broke is tried last.
@@ -227,13 +235,35 @@ impl Dialer {
         }
     }
 
-    /// Runs a connection to its end and says why it ended.
-    async fn serve(&self, stream: TlsStream<TcpStream>, link: &watch::Sender<Link>) -> String {
+    /// Runs a connection to its end and says why it ended: also when its address is the peer's no longer. Then
+    /// it is among the retired ones for as long as answers are under way.
+    async fn serve(
+        &self,
+        stream: TlsStream<TcpStream>,
+        (address, addresses): (SocketAddr, &mut watch::Receiver<Vec<SocketAddr>>),
+        retired: &mut JoinSet<()>,
+        link: &watch::Sender<Link>,
+    ) -> String {
         let (connection, queue) = Connection::new(self.peer.clone());
         link.send_replace(Link::Up(Arc::clone(&connection)));
-        let why = connection.run(stream, queue, &self.config).await;
-        connection.fail(&why);
-        why
+        // It ends with the set.
+        let mut running = JoinSet::new();
+        let (runner, config) = (Arc::clone(&connection), self.config);
+        running.spawn(async move { runner.run(stream, queue, &config).await });
+        tokio::select! {
+            why = running.join_next() => {
+                let why = why.and_then(Result::ok);
+                let why = why.unwrap_or_else(|| "it was ended".to_owned());
+                connection.fail(&why);
+                why
+            }
+            // An error: the client is being dropped, and this task with it.
+            _ = addresses.wait_for(|known| !known.contains(&address)) => {
+                while retired.try_join_next().is_some() {}
+                retired.spawn(connection.retire(running));
+                "its path was removed".to_owned()
+            }
+        }
     }
 }
 
@@ -401,6 +431,16 @@ impl Connection {
                 self.queue.try_send(ping.clone()).ok();
             }
         }
+    }
+
+    /// Its path was taken away, and new requests are for another connection: those under way get their answers.
+    async fn retire(self: Arc<Self>, running: JoinSet<String>) {
+        let deadline = Instant::now() + RETIRE_WAIT;
+        while Instant::now() < deadline && !lock(&self.waiting).answers.is_empty() {
+            tokio::time::sleep(RETIRE_LOOK).await;
+        }
+        self.fail("its path was removed");
+        drop(running);
     }
 
     fn fail(&self, why: &str) {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use relevo_types::NodeId;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, oneshot},
     task::JoinSet,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     identity::{Identity, IdentityError, Port, describe_tls_error, peer_node},
+    listen::{Listeners, on_all},
     net,
 };
 
@@ -46,8 +47,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Listens for requests. Dropping it stops listening and closes every connection.
 #[derive(Debug)]
 pub struct RpcServer {
-    addresses: Vec<SocketAddr>,
-    _tasks: JoinSet<()>,
+    listeners: Listeners,
 }
 
 impl RpcServer {
@@ -71,28 +71,28 @@ impl RpcServer {
             strangers: Semaphore::new(STRANGERS_MAX),
             peers: Semaphore::new(PEERS_MAX),
         });
-        let listeners = addresses
-            .iter()
-            .map(|address| net::listen(*address))
-            .collect::<io::Result<Vec<_>>>()?;
-        let addresses = listeners
-            .iter()
-            .map(TcpListener::local_addr)
-            .collect::<io::Result<Vec<_>>>()?;
-        let mut tasks = JoinSet::new();
-        for listener in listeners {
-            tasks.spawn(accept(listener, Arc::clone(&shared)));
-        }
-        Ok(Self {
-            addresses,
-            _tasks: tasks,
-        })
+        let listeners =
+            Listeners::new(move |listener, stop| accept(listener, stop, Arc::clone(&shared)));
+        on_all(&listeners, addresses)?;
+        Ok(Self { listeners })
+    }
+
+    /// Where it listens; can be changed.
+    #[must_use]
+    pub const fn listeners(&self) -> &Listeners {
+        &self.listeners
     }
 
     /// Where it listens; tells the port when 0 was asked for.
     #[must_use]
-    pub fn addresses(&self) -> &[SocketAddr] {
-        &self.addresses
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listeners.addresses()
+    }
+}
+
+impl Drop for RpcServer {
+    fn drop(&mut self) {
+        self.listeners.close();
     }
 }
 
@@ -105,11 +105,12 @@ struct Shared {
     peers: Semaphore,
 }
 
-async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+async fn accept(listener: TcpListener, mut stop: oneshot::Receiver<()>, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            _ = &mut stop => break,
             Some(_ended) = connections.join_next() => continue,
         };
         match accepted {
@@ -122,6 +123,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             }
         }
     }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
 }
 
 async fn serve(stream: TcpStream, from: SocketAddr, shared: Arc<Shared>) {

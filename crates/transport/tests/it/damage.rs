@@ -126,7 +126,7 @@ async fn a_member_that_talks_nonsense_disturbs_nobody() {
     let cluster = Arc::new(Cluster::new(1));
     let (server, _) = rpc::serve(&cluster.node(2));
     let port = server.addresses()[0];
-    let honest = rpc::client(cluster.node(1), 2, server.addresses());
+    let honest = rpc::client(cluster.node(1), 2, &server.addresses());
     let broken = Arc::clone(&cluster);
     let runtime = Handle::current();
     let talking = tokio::task::spawn_blocking(move || {

@@ -122,7 +122,7 @@ async fn strangers_and_refused_volumes_get_no_link() {
         }
     });
     let mut listener = listen(&ours.node(2), only_v);
-    let addresses = listener.addresses().to_vec();
+    let addresses = listener.addresses();
 
     let stranger = LinkDialer::new(theirs.node(1)).unwrap();
     let error = stranger
@@ -184,7 +184,7 @@ async fn a_link_without_encryption_is_plain_after_the_greetings() {
     let cluster = Cluster::new(1);
     let mut listener = listen(&cluster.node(2), admit_all(Off));
     let dialer = LinkDialer::new(cluster.node(1)).unwrap();
-    let addresses = listener.addresses().to_vec();
+    let addresses = listener.addresses();
     for accepted_first in [false, true] {
         let dialed = dialer
             .dial(NodeId(2), &addresses, WantedLink::new(V, Off), LONG)
@@ -220,7 +220,7 @@ async fn two_that_differ_in_encryption_get_no_link() {
     let dialer = LinkDialer::new(cluster.node(1)).unwrap();
     for (ours, theirs) in [(On, Off), (Off, On)] {
         let mut listener = listen(&cluster.node(2), admit_all(theirs));
-        let addresses = listener.addresses().to_vec();
+        let addresses = listener.addresses();
         let dial = dialer
             .dial(NodeId(2), &addresses, WantedLink::new(V, ours), LONG)
             .await;

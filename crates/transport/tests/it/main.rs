@@ -3,6 +3,7 @@
 mod damage;
 mod datalink;
 mod identity;
+mod line;
 mod rpc;
 
 use std::{net::SocketAddr, sync::Arc};

@@ -91,7 +91,7 @@ pub(crate) async fn ask(
 async fn requests_are_answered_and_errors_come_back() {
     let cluster = Cluster::new(1);
     let (server, _) = serve(&cluster.node(2));
-    let client = client(cluster.node(1), 2, server.addresses());
+    let client = client(cluster.node(1), 2, &server.addresses());
     assert_eq!(ask(&client, 2, "hi").await.unwrap(), "Some(n1) Report hi");
     assert_eq!(
         ask(&client, 2, "refuse").await,
@@ -115,7 +115,7 @@ async fn requests_are_answered_and_errors_come_back() {
 async fn a_slow_request_holds_up_nobody_and_keeps_its_connection() {
     let cluster = Cluster::new(1);
     let (server, handler) = serve(&cluster.node(2));
-    let client = client(cluster.node(1), 2, server.addresses());
+    let client = client(cluster.node(1), 2, &server.addresses());
     // Slower than the silence bound: pings prove that the peer lives.
     let slow = ask(&client, 2, "wait");
     let quick = async {
@@ -220,7 +220,7 @@ async fn a_server_of_another_cluster_is_refused() {
     let ours = Cluster::new(1);
     for theirs in [Cluster::new(2), Cluster::new(1)] {
         let (server, handler) = serve(&theirs.node(2));
-        let client = client(ours.node(1), 2, server.addresses());
+        let client = client(ours.node(1), 2, &server.addresses());
         let error = ask(&client, 2, "hi").await.unwrap_err().to_string();
         assert!(error.contains("of another cluster"), "{error}");
         assert_eq!(handler.handled.load(Ordering::Relaxed), 0);
@@ -281,7 +281,7 @@ async fn a_client_of_another_cluster_is_refused() {
 async fn another_node_at_the_address_is_noticed() {
     let cluster = Cluster::new(1);
     let (server, handler) = serve(&cluster.node(3));
-    let client = client(cluster.node(1), 2, server.addresses());
+    let client = client(cluster.node(1), 2, &server.addresses());
     let error = ask(&client, 2, "hi").await.unwrap_err().to_string();
     assert!(
         error.contains("another node of the cluster answers"),
@@ -314,8 +314,9 @@ async fn without_a_certificate_other_methods_are_refused() {
     let (server, handler) = serve(&cluster.node(1));
     for method in [Method::Raft, Method::Propose, Method::Report, Method::Api] {
         let pin = cluster.ca.fingerprint();
+        let addresses = server.addresses();
         let asked = relevo_transport::rpc::call_as_stranger(
-            server.addresses(),
+            &addresses,
             pin,
             method,
             Bytes::from_static(b"x"),
@@ -331,7 +332,7 @@ async fn without_a_certificate_other_methods_are_refused() {
 async fn garbage_closes_its_connection_and_disturbs_nobody() {
     let cluster = Cluster::new(1);
     let (server, _) = serve(&cluster.node(2));
-    let client = client(cluster.node(1), 2, server.addresses());
+    let client = client(cluster.node(1), 2, &server.addresses());
     ask(&client, 2, "hi").await.unwrap();
     let mut stranger = TcpStream::connect(server.addresses()[0]).await.unwrap();
     stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
@@ -354,4 +355,49 @@ async fn a_port_in_use_is_explained() {
         text.contains(&taken.to_string()) && text.contains("another program"),
         "{text}"
     );
+}
+
+/// The server gets a path and loses one, the client is told a moment later: every request is answered, and those
+/// that were under way on the old path too.
+#[tokio::test]
+async fn a_path_is_replaced_and_no_request_is_lost() {
+    let cluster = Cluster::new(1);
+    let (server, _) = serve(&cluster.node(2));
+    let old = server.addresses();
+    let client = client(cluster.node(1), 2, &old);
+    ask(&client, 2, "q").await.unwrap();
+    let more: Vec<SocketAddr> = ["127.0.0.2:0", "127.0.0.1:0"]
+        .map(|address| address.parse().unwrap())
+        .to_vec();
+    assert!(server.listeners().listen_on(&more).is_empty());
+    assert_eq!(server.addresses().len(), 2);
+    let new: Vec<SocketAddr> = server.addresses();
+    let new: Vec<SocketAddr> = new.into_iter().filter(|it| !old.contains(it)).collect();
+    assert_eq!(new.len(), 1);
+    // What was asked for first is gone.
+    assert!(server.listeners().listen_on(&more[..1]).is_empty());
+    assert_eq!(server.addresses(), new);
+    ask(&client, 2, "the old connection lives").await.unwrap();
+    let slow = ask(&client, 2, "wait");
+    let replace = async {
+        for _ in 0..20 {
+            ask(&client, 2, "q").await.unwrap();
+        }
+        client.set_peers(&BTreeMap::from([(NodeId(2), new.clone())]));
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+            ask(&client, 2, "q").await.unwrap();
+        }
+    };
+    let ((), slow) = timeout(LONG, async { tokio::join!(replace, slow) })
+        .await
+        .unwrap();
+    assert_eq!(slow.unwrap(), "Some(n1) Report wait");
+    for address in old {
+        assert!(TcpStream::connect(address).await.is_err(), "nobody listens");
+    }
+    let foreign = "192.0.2.1:1".parse().unwrap();
+    let failed = server.listeners().listen_on(&[more[0], foreign]);
+    assert_eq!(failed.len(), 1);
+    assert!(failed[0].1.to_string().contains("192.0.2.1"), "{failed:?}");
 }

@@ -1,6 +1,7 @@
 //! Applying commands: the one place where the replicated state changes.
 
 mod lineages;
+mod paths;
 mod replicas;
 mod services;
 
@@ -195,6 +196,13 @@ impl ClusterState {
                 }
                 Ok(Outcome::Done)
             }
+            Command::AddPath {
+                node,
+                name,
+                address,
+                replication,
+            } => self.add_path(*node, name, address, *replication),
+            Command::RemovePath { node, name } => self.remove_path(*node, name),
         }
     }
 
@@ -631,7 +639,7 @@ fn taken(kind: &str, name: &str) -> Rejection {
 }
 
 /// Names end up in paths (`/dev/relevo/NAME`), certificates and commands.
-fn check_name(name: &str) -> Result<(), Rejection> {
+pub(super) fn check_name(name: &str) -> Result<(), Rejection> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let good = name.len() <= NAME_LEN_MAX
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())

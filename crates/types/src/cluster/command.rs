@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Differs, JoinToken, NodeKind, NodeSpec, Placement, ReplicaSpec, ServiceSpec, VolumeOptions,
+    Differs, JoinToken, NodeKind, NodeSpec, PathAddress, Placement, ReplicaSpec, ServiceSpec,
+    VolumeOptions,
 };
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
@@ -222,6 +223,24 @@ pub enum Command {
         service: ServiceId,
         /// The node.
         node: NodeId,
+    },
+    /// A node gets one more path.
+    AddPath {
+        /// The node.
+        node: NodeId,
+        /// Name of the path: those of two nodes belong together by it.
+        name: String,
+        /// Where it is on the node.
+        address: PathAddress,
+        /// Replication prefers it; only for a network.
+        replication: bool,
+    },
+    /// A path of a node goes. Rejected for the last network that it shares with another node.
+    RemovePath {
+        /// The node.
+        node: NodeId,
+        /// Name of the path.
+        name: String,
     },
 }
 
@@ -445,6 +464,8 @@ pub enum Rejection {
         "volumes would wait for each other: this one after {names}; clear `resync-after` of one of them first (`none`)"
     )]
     ResyncCircle { names: String },
+    #[error("{why}")]
+    BadPath { why: String },
 }
 
 impl NodeKind {

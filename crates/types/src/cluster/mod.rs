@@ -8,6 +8,7 @@ mod apply;
 mod command;
 mod differs;
 pub mod options;
+mod paths;
 mod placement;
 mod service;
 mod state;
@@ -19,11 +20,12 @@ pub use differs::{DIFFERS_RUNS_MAX, Differs};
 pub use options::{
     AfterSplitBrain, Congestion, Encryption, OnCongestion, PairProtocol, VolumeOptions,
 };
+pub use paths::{Line, NodePath, PATHS_MAX, PathAddress, StreamPath};
 pub use placement::Placement;
 pub use service::{
     AddressPart, FailureRecord, MountPart, Part, ProcessPart, Service, ServiceSpec, VolumePart,
 };
 pub use state::{
-    ClusterState, JoinToken, LINEAGES_MAX, LeaseStanding, Node, NodeKind, NodePath, NodeSpec,
-    Ports, Protocol, Replica, ReplicaSpec, ReplicaStanding, Volume,
+    ClusterState, JoinToken, LINEAGES_MAX, LeaseStanding, Node, NodeKind, NodeSpec, Ports,
+    Protocol, Replica, ReplicaSpec, ReplicaStanding, Volume,
 };

@@ -2,13 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{Differs, Service, VolumeOptions};
+use super::{Differs, NodePath, Service, StreamPath, VolumeOptions};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, ReplicaSlot, Sensitivity, ServiceId,
     VolumeId,
@@ -78,21 +77,13 @@ pub struct NodeSpec {
     pub name: String,
     /// Data node or witness.
     pub kind: NodeKind,
-    /// Its addresses, one a path; at least one. Paths of two nodes belong together by name.
+    /// Its addresses, one a network; at least one. Paths of two nodes belong together by name.
     pub paths: Vec<NodePath>,
+    /// Its byte streams, which carry heartbeats only.
+    #[serde(default)]
+    pub streams: Vec<StreamPath>,
     /// Where it listens, on each of its addresses.
     pub ports: Ports,
-}
-
-/// A node's address on one path.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct NodePath {
-    /// Name of the path, the same on every node that is on it.
-    pub name: String,
-    /// This node's address there.
-    pub address: IpAddr,
-    /// Replication prefers this path to others (a direct cable, say).
-    pub replication: bool,
 }
 
 /// The ports a node listens on.
@@ -113,6 +104,16 @@ impl Default for Ports {
             heartbeat: 7621,
             data: 7622,
         }
+    }
+}
+
+impl Ports {
+    /// Whether two nodes with the same address would be in each other's way.
+    #[must_use]
+    pub fn overlap(self, other: Self) -> bool {
+        // Those of TCP and those of UDP are apart.
+        let tcp = |ports: Self| [ports.control, ports.data];
+        self.heartbeat == other.heartbeat || tcp(self).iter().any(|port| tcp(other).contains(port))
     }
 }
 
@@ -309,27 +310,6 @@ impl ClusterState {
                 .services
                 .values()
                 .any(|service| service.holder == Some(id))
-    }
-}
-
-impl Node {
-    /// Where its control port is, on every path.
-    pub fn control_addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
-        self.spec
-            .paths
-            .iter()
-            .map(|path| SocketAddr::new(path.address, self.spec.ports.control))
-    }
-
-    /// Where its data port is, preferred paths first.
-    #[must_use]
-    pub fn data_addresses(&self) -> Vec<SocketAddr> {
-        let mut paths: Vec<&NodePath> = self.spec.paths.iter().collect();
-        paths.sort_by_key(|path| !path.replication);
-        paths
-            .into_iter()
-            .map(|path| SocketAddr::new(path.address, self.spec.ports.data))
-            .collect()
     }
 }
 

@@ -8,6 +8,7 @@ mod disks;
 mod kills;
 mod mixed;
 mod networks;
+mod paths;
 mod replicas;
 mod split;
 mod stops;
