@@ -61,7 +61,9 @@ impl Placement {
         let services = |ids: &BTreeSet<ServiceId>| -> Vec<String> {
             let known = ids.iter().map(|id| (id, state.services.get(id)));
             known
-                .map(|(id, service)| service.map_or(id.to_string(), |it| it.spec.name.clone()))
+                .map(|(id, service)| {
+                    service.map_or_else(|| id.to_string(), |it| it.spec.name.clone())
+                })
                 .collect()
         };
         let memory = (self.memory_mib > 0).then(|| format!("{}MiB", self.memory_mib));
