@@ -1,5 +1,6 @@
 //! Applying commands: the one place where the replicated state changes.
 
+mod fencing;
 mod lineages;
 mod replicas;
 mod services;
@@ -175,6 +176,7 @@ impl ClusterState {
                 }
                 Ok(Outcome::Done)
             }
+            Command::Fence(command) => self.apply_fence(command),
         }
     }
 
@@ -287,6 +289,7 @@ impl ClusterState {
             ));
         }
         self.nodes.remove(&id);
+        self.forget_fencing_of(id);
         for service in self.services.values_mut() {
             service.placement.forget_node(id);
             service.failures.remove(&id);

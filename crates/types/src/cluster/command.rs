@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Differs, JoinToken, NodeKind, NodeSpec, Placement, ReplicaSpec, ServiceSpec, VolumeOptions,
+    Differs, FenceCommand, JoinToken, NodeKind, NodeSpec, Placement, ReplicaSpec, ServiceSpec,
+    VolumeOptions,
 };
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
@@ -209,6 +210,8 @@ pub enum Command {
         /// The node.
         node: NodeId,
     },
+    /// Fence devices, and what was done with them.
+    Fence(FenceCommand),
 }
 
 /// A change of a volume's configuration.
@@ -431,6 +434,8 @@ pub enum Rejection {
         "volumes would wait for each other: this one after {names}; clear `resync-after` of one of them first (`none`)"
     )]
     ResyncCircle { names: String },
+    #[error("{why}")]
+    BadFencing { why: String },
 }
 
 impl NodeKind {
