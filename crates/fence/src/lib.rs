@@ -9,8 +9,10 @@
 
 pub mod agent;
 pub mod attempt;
+pub mod check;
 pub mod metadata;
 
 pub use agent::{Action, Agents, Reply};
 pub use attempt::{Ability, Attempt, Effect, Input, Level, Means, Plan, RunId};
+pub use check::{Change, Checks, Found};
 pub use metadata::{Findings, Metadata, Parameter};
