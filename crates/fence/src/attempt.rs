@@ -239,7 +239,7 @@ impl Attempt {
     /// # Errors
     /// The word is not taken; the text says why and what to do.
     pub fn confirm(&mut self, now: Time, who: &str, on: NodeId) -> Result<Vec<Effect>, String> {
-        let node = &self.plan.node;
+        let node = self.plan.node.clone();
         match &self.stage {
             Stage::Over | Stage::On { .. } => {
                 return Err(format!("the attempt to fence {node} is over already"));
@@ -253,13 +253,7 @@ impl Attempt {
                 "{node} is on: its heartbeats arrive here; switch it off first"
             ));
         }
-        let running: Vec<RunId> = match &self.stage {
-            Stage::Off { running, .. } | Stage::Ask { running, .. } => {
-                running.keys().copied().collect()
-            }
-            _ => Vec::new(),
-        };
-        self.effects.extend(running.into_iter().map(Effect::Cancel));
+        self.cancel_runs();
         self.effects
             .push_back(Effect::Proved(FenceEvidence::Person {
                 who: who.to_owned(),
@@ -272,6 +266,25 @@ impl Attempt {
         }
         self.end(Ok(()));
         Ok(self.effects.drain(..).collect())
+    }
+
+    /// A person takes the attempt back. It ends without a proof; where it has one, it goes on to its end.
+    pub fn give_up(&mut self, who: &str) -> Vec<Effect> {
+        if !matches!(self.stage, Stage::Over | Stage::On { .. }) {
+            self.cancel_runs();
+            let doing = self.doing();
+            self.fail(None, format!("{who} gave it up while it {doing}"));
+            let failures = std::mem::take(&mut self.failures);
+            self.end(Err(failures));
+        }
+        self.effects.drain(..).collect()
+    }
+
+    fn cancel_runs(&mut self) {
+        if let Stage::Off { running, .. } | Stage::Ask { running, .. } = &self.stage {
+            let running: Vec<RunId> = running.keys().copied().collect();
+            self.effects.extend(running.into_iter().map(Effect::Cancel));
+        }
     }
 
     /// When it wants the next [`Input::Tick`], if nothing else comes before.
@@ -343,12 +356,12 @@ impl Attempt {
                         until: Some(now + self.plan.delay),
                     };
                 }
-                Stage::Delay { until: Some(until) } if now >= until => self.begin(now, 0, 1),
+                Stage::Delay { until: Some(until) } if now >= until => self.begin(0, 1),
                 Stage::TryPause {
                     place,
                     try_no,
                     until,
-                } if now >= until => self.begin(now, place, try_no),
+                } if now >= until => self.begin(place, try_no),
                 Stage::AskPause {
                     place,
                     try_no,
@@ -374,7 +387,7 @@ impl Attempt {
     }
 
     /// Starts a try of a level, or what comes when there is no such level.
-    fn begin(&mut self, now: Time, place: usize, try_no: u32) {
+    fn begin(&mut self, place: usize, try_no: u32) {
         let Some(level) = self.plan.levels.get(place) else {
             if self.failures.is_empty() {
                 self.fail(
@@ -407,7 +420,7 @@ impl Attempt {
             self.fail(Some(&device.name), why);
         }
         if unfit {
-            return self.begin(now, place + 1, 1);
+            return self.begin(place + 1, 1);
         }
         let mut running = BTreeMap::new();
         for (index, device) in devices.iter().enumerate() {
@@ -564,7 +577,7 @@ impl Attempt {
                 until: now + TRY_PAUSE,
             };
         } else {
-            self.begin(now, place + 1, 1);
+            self.begin(place + 1, 1);
         }
     }
 

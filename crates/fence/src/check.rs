@@ -2,14 +2,20 @@
 //!
 //! [`Checks`] says when which device is due, and keeps what was found, since when. Sans-IO. [`look`] looks.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use relevo_types::{
     NodeId, Time,
     cluster::{FenceDevice, FenceKind},
 };
 
-use crate::agent::{Action, Agents, Reply};
+use crate::{
+    agent::{Action, Agents, Reply},
+    metadata::Metadata,
+};
 
 /// The first check of a new device, or after a start, comes so soon ...
 const FIRST: Duration = Duration::from_secs(1);
@@ -164,7 +170,8 @@ impl Checks {
 
 /// Looks whether a device would work, without switching anything: its agent is there and can do what a proof
 /// needs, its parameters fit, it answers `monitor`, and tells the power of each node. `nodes` are those that it
-/// can switch off, but for this one; `heard` tells those that are on for certain.
+/// can switch off, but for this one. Gives the nodes that are off by its word: if one of them is heard, the plug is
+/// another one's.
 ///
 /// # Errors
 /// It would not work; why and what to do.
@@ -172,8 +179,7 @@ pub async fn look(
     agents: &Agents,
     device: &FenceDevice,
     nodes: &BTreeMap<NodeId, String>,
-    heard: impl Fn(NodeId) -> bool,
-) -> Result<(), String> {
+) -> Result<BTreeSet<NodeId>, String> {
     let limit = Duration::from_secs(u64::from(device.action_limit_s));
     let mut can_tell = !device.trust_exit_code;
     if let FenceKind::Agent(name) = &device.kind {
@@ -182,16 +188,10 @@ pub async fn look(
         if let Some(error) = metadata.check(&device.parameters, with_plug).errors.first() {
             return Err(error.clone());
         }
-        if !metadata.can("off") {
-            return Err("its agent has no action `off`, so it can prove nothing".to_owned());
+        if let Some(why) = unfit(&metadata, device.trust_exit_code) {
+            return Err(why.to_owned());
         }
         can_tell = metadata.can("status");
-        if !can_tell && !device.trust_exit_code {
-            return Err(
-                "its agent has no action `status`, so it can prove nothing, unless its exit code is trusted (--trust-exit-code)"
-                    .to_owned(),
-            );
-        }
         if metadata.can("monitor") {
             let reply = agents.call(device, "", Action::Monitor, limit).await;
             if let Reply::Failed(why) = reply {
@@ -199,29 +199,42 @@ pub async fn look(
             }
         }
     }
+    let mut off = BTreeSet::new();
     if !can_tell || device.kind == FenceKind::Person {
-        return Ok(());
+        return Ok(off);
     }
     for (node, name) in nodes {
         let Some(target) = device.targets.get(node) else {
             continue;
         };
-        // Asked before, so that a node that dies meanwhile is not taken for a wrong plug.
-        let on_before = heard(*node);
         let reply = agents
             .call_for(device, name, target, Action::Status, limit)
             .await;
         match reply {
             Reply::Failed(why) => return Err(format!("status of {name} failed: {why}")),
-            Reply::Off if on_before && heard(*node) => {
-                return Err(format!(
-                    "it says that {name} is off, and {name} is heard: the plug is not that node's; check --node {name}=PLUG"
-                ));
+            Reply::Off => {
+                off.insert(*node);
             }
-            Reply::On | Reply::Off | Reply::Done => {}
+            Reply::On | Reply::Done => {}
         }
     }
-    Ok(())
+    Ok(off)
+}
+
+/// Why an agent can prove nothing.
+#[must_use]
+pub fn unfit(metadata: &Metadata, trust_exit_code: bool) -> Option<&'static str> {
+    if !metadata.can("off") {
+        Some(
+            "its agent has no action `off`, and a reboot proves nothing: the node may be up again already; use a device that can switch off",
+        )
+    } else if !metadata.can("status") && !trust_exit_code {
+        Some(
+            "its agent has no action `status`, so nobody can ask whether the power is off; if its exit code is to be trusted, say so with --trust-exit-code",
+        )
+    } else {
+        None
+    }
 }
 
 #[cfg(test)]
@@ -313,25 +326,19 @@ mod tests {
     async fn a_device_is_looked_at_without_being_used() {
         let agents = Agents::new("/nonexistent");
         let nodes = BTreeMap::from([(B, "beta".to_owned())]);
-        let look = async |script: &str, heard: bool| {
-            look(&agents, &device("one", script), &nodes, |_| heard).await
-        };
+        let look = async |script: &str| look(&agents, &device("one", script), &nodes).await;
         let only_status = "read action; [ $action = action=status ] || exit 9;";
-        assert_eq!(look(&format!("{only_status} exit 0"), true).await, Ok(()));
+        assert_eq!(look(&format!("{only_status} exit 0")).await, Ok([].into()));
         let off = format!("{only_status} echo off; exit 2");
-        assert_eq!(look(&off, false).await, Ok(()));
-        let wrong = look(&off, true).await.unwrap_err();
-        assert!(wrong.contains("the plug is not that node's"), "{wrong}");
-        let broken = look("echo no route >&2; exit 1", true).await.unwrap_err();
+        assert_eq!(look(&off).await, Ok([B].into()));
+        let broken = look("echo no route >&2; exit 1").await.unwrap_err();
         assert!(
             broken.contains("status of beta failed") && broken.contains("no route"),
             "{broken}"
         );
         let mut agent = device("one", "");
         agent.kind = FenceKind::Agent("fence_none".to_owned());
-        let away = super::look(&agents, &agent, &nodes, |_| true)
-            .await
-            .unwrap_err();
+        let away = super::look(&agents, &agent, &nodes).await.unwrap_err();
         assert!(away.contains("package fence-agents"), "{away}");
     }
 }

@@ -46,6 +46,7 @@ use crate::{
         volumes::{Volumes, VolumesContext},
     },
     events::{Events, unix_ms},
+    fencing::{Fencing, FencingContext},
     join::Admitter,
     local_store::LocalReplicas,
     membership_files::{MemberFiles, Places},
@@ -75,6 +76,7 @@ pub(crate) struct Cluster {
     inbox: NodeInbox,
     volumes: Volumes,
     local: LocalSource,
+    fencing: Fencing,
     ca: Option<relevo_transport::Fingerprint>,
     events: Arc<Events>,
     shutdown_done: watch::Receiver<bool>,
@@ -155,14 +157,25 @@ impl Cluster {
             failures,
         });
         let parts = Parts::new(runner, inbox.clone(), failed, runtime.clone());
+        let fencing = Fencing::new(FencingContext {
+            me,
+            control: Arc::clone(&control),
+            states: control.state(),
+            inbox: inbox.clone(),
+            events: Arc::clone(&events),
+            timing,
+            runtime: runtime.clone(),
+        });
         let local = LocalSource::new(
             volumes.clone(),
             parts.clone(),
             inbox.clone(),
+            fencing.clone(),
             control.state(),
         );
 
         let mut tasks = JoinSet::new();
+        fencing.start(&mut tasks);
         let admitter = files.ca.as_ref().map(|ca| Admitter {
             ca: Arc::clone(ca),
             heartbeat_key: files.node.heartbeat_key,
@@ -172,6 +185,7 @@ impl Cluster {
             inbox: inbox.clone(),
             admitter,
             local: local.clone(),
+            fencing: fencing.clone(),
         };
         let addresses = |port| -> Vec<SocketAddr> {
             let paths = spec.paths.iter();
@@ -239,6 +253,7 @@ impl Cluster {
             inbox,
             volumes,
             local,
+            fencing,
             ca: files.ca.as_ref().map(|ca| ca.fingerprint()),
             events,
             shutdown_done,
@@ -252,6 +267,14 @@ impl Cluster {
 
     pub(crate) const fn me(&self) -> NodeId {
         self.me
+    }
+
+    pub(crate) const fn fencing(&self) -> &Fencing {
+        &self.fencing
+    }
+
+    pub(crate) const fn rpc(&self) -> &Arc<RpcClient> {
+        &self.rpc
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -361,6 +384,7 @@ impl Cluster {
                     .add(EventLevel::Alarm, EventKind::Daemon, "", &text);
             }
         }
+        self.fencing.stop();
         self.volumes.close().await;
         let held = self
             .held

@@ -95,6 +95,7 @@ pub fn event_line(event: &Event) -> String {
         EventKind::Path => "path",
         EventKind::Volume => "volume",
         EventKind::Service => "service",
+        EventKind::Fence => "fence",
     };
     let about = if event.subject.is_empty() {
         kind.to_owned()

@@ -575,6 +575,18 @@ fn a_person_ends_what_devices_do() {
     assert_eq!(world.attempt.step(START, late), []);
 }
 
+#[test]
+fn an_attempt_can_be_given_up_before_its_proof() {
+    let mut world = with_person(vec![Device::new("bmc")]);
+    let effects = world.attempt.step(START, Input::Tick);
+    world.apply(effects);
+    let effects = world.attempt.give_up("root");
+    world.apply(effects);
+    assert!(world.failures()[0].contains("root gave it up"));
+    assert!(world.running.is_empty() && world.proved.is_none());
+    assert_eq!(world.attempt.give_up("root"), []);
+}
+
 prop_compose! {
     fn any_device(name: String)(
         ours in any::<bool>(),
@@ -667,6 +679,7 @@ fn is_good(device: &Device) -> bool {
         && ability.unusable.is_none()
         && device.fails.is_empty()
         && !device.idle
+        && !device.says_off
         && device.takes < ability.action_limit
         && device.lag < ability.verify_limit
 }

@@ -464,6 +464,8 @@ pub enum EventKind {
     Volume,
     /// A service.
     Service,
+    /// A fence device, or the fencing of a node.
+    Fence,
 }
 
 /// How much an event matters.

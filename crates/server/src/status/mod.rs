@@ -23,6 +23,7 @@ pub(crate) use judge::{judge, side_words};
 use crate::{
     api::PartState,
     daemon::{node_loop::NodeInbox, parts::Parts, volumes::Volumes},
+    fencing::{Fencing, LocalFencing},
     rpc::fetch_report,
 };
 
@@ -38,6 +39,9 @@ pub(crate) struct LocalReport {
     pub(crate) services: BTreeMap<ServiceId, BTreeMap<usize, (PartState, Option<String>)>>,
     /// What the planner waits for, if it runs here.
     pub(crate) waits: Vec<(Option<ServiceId>, String)>,
+    /// Its fence devices, and the fencing under way there.
+    #[serde(default)]
+    pub(crate) fencing: LocalFencing,
 }
 
 /// A replica as its node sees it.
@@ -99,6 +103,7 @@ pub(crate) struct LocalSource {
     volumes: Volumes,
     parts: Parts,
     inbox: NodeInbox,
+    fencing: Fencing,
     states: watch::Receiver<Arc<ClusterState>>,
 }
 
@@ -107,12 +112,14 @@ impl LocalSource {
         volumes: Volumes,
         parts: Parts,
         inbox: NodeInbox,
+        fencing: Fencing,
         states: watch::Receiver<Arc<ClusterState>>,
     ) -> Self {
         Self {
             volumes,
             parts,
             inbox,
+            fencing,
             states,
         }
     }
@@ -120,6 +127,7 @@ impl LocalSource {
     pub(crate) async fn report(&self) -> LocalReport {
         let mut report = LocalReport {
             volumes: self.local_volumes(),
+            fencing: self.fencing.report(),
             ..LocalReport::default()
         };
         let services: Vec<ServiceId> = self.states.borrow().services.keys().copied().collect();

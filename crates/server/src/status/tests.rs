@@ -176,6 +176,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         volumes: BTreeMap::from([(VolumeId(1), volume)]),
         services: BTreeMap::from([(ServiceId(1), parts)]),
         waits: vec![],
+        ..LocalReport::default()
     }
 }
 
