@@ -560,6 +560,8 @@ text.</longdesc>
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
         #[test]
         fn no_text_panics(text in ".{0,300}") {
             drop(Metadata::parse(&text));

@@ -637,7 +637,7 @@ fn any_levels() -> impl Strategy<Value = Vec<Vec<Device>>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// [`World`] checks each proof and each action: never a proof without a verified `off` of every device of
     /// one level, nothing switched on before it, and no node proved off that is heard.

@@ -1,5 +1,7 @@
 //! The routes of the daemon's socket.
 
+mod fence;
+
 use std::{convert::Infallible, sync::Arc};
 
 use axum::{
@@ -62,6 +64,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/services/{name}/hold", post(hold_service))
         .route("/v1/services/{name}/why", get(why_service))
         .route("/v1/nodes/{name}/standby", post(set_standby))
+        .merge(fence::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
         .with_state(app)

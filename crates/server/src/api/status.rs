@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use relevo_types::{Sensitivity, cluster::NodeKind};
 use serde::{Deserialize, Serialize};
 
+use super::FencingStatus;
+
 /// `GET /v1/status`
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Status {
@@ -70,6 +72,9 @@ pub struct ClusterStatus {
     pub services: Vec<ServiceStatus>,
     /// What the cluster as a whole waits for.
     pub waits: Vec<WaitStatus>,
+    /// Fence devices, and what they are at.
+    #[serde(default)]
+    pub fencing: FencingStatus,
 }
 
 /// Votes.

@@ -65,6 +65,7 @@ pub(crate) fn compose(from: &Sources<'_>) -> ClusterStatus {
                 next: None,
             })
             .collect(),
+        fencing: from.fencing(),
     }
 }
 

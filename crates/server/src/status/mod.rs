@@ -4,6 +4,7 @@
 //! [`compose`] and [`judge`] are pure.
 
 mod compose;
+mod fencing;
 mod judge;
 #[cfg(test)]
 pub(crate) mod tests;
