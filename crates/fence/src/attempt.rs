@@ -138,7 +138,9 @@ pub enum Effect {
     Cancel(RunId),
     /// The node was off.
     Proved(FenceEvidence),
-    /// A person has to do something.
+    /// A person has to look, and say what is: the last means. The text says how.
+    AskPerson(String),
+    /// A person has to do something, although the node was off.
     Alarm(String),
     /// It is over.
     Ended(Result<(), Vec<FenceFailure>>),
@@ -272,8 +274,7 @@ impl Attempt {
     pub fn give_up(&mut self, who: &str) -> Vec<Effect> {
         if !matches!(self.stage, Stage::Over | Stage::On { .. }) {
             self.cancel_runs();
-            let doing = self.doing();
-            self.fail(None, format!("{who} gave it up while it {doing}"));
+            self.fail(None, format!("{who} gave it up"));
             let failures = std::mem::take(&mut self.failures);
             self.end(Err(failures));
         }
@@ -403,7 +404,7 @@ impl Attempt {
                 self.stage = Stage::Person;
                 let doing = self.doing();
                 self.effects
-                    .push_back(Effect::Alarm(format!("fencing {doing}")));
+                    .push_back(Effect::AskPerson(format!("the fencing {doing}")));
                 return;
             }
             Means::Devices(devices) => devices.clone(),

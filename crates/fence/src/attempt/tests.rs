@@ -149,7 +149,7 @@ impl World {
                     self.check_proof(&evidence);
                     self.proved = Some((self.now, evidence));
                 }
-                Effect::Alarm(text) => self.alarms.push(text),
+                Effect::AskPerson(text) | Effect::Alarm(text) => self.alarms.push(text),
                 Effect::Ended(result) => {
                     assert!(self.ended.is_none(), "ended twice");
                     assert_eq!(result.is_ok(), self.proved.is_some());

@@ -320,6 +320,10 @@ impl Driver {
                     }
                 }
                 Effect::Proved(how) => self.proved(how),
+                Effect::AskPerson(text) => {
+                    self.inner
+                        .event(EventLevel::Alarm, &self.record.name, &text);
+                }
                 Effect::Alarm(text) => {
                     self.inner
                         .event(EventLevel::Alarm, &self.record.name, &text);

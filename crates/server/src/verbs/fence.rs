@@ -257,7 +257,11 @@ impl Cluster {
             Err(_) => progress.borrow().clone(),
         };
         let state = self.state();
-        let remarks = last.remarks.join(" ");
+        let remarks: String = last
+            .remarks
+            .iter()
+            .map(|it| format!(" Note: {it}."))
+            .collect();
         match (&last.ended, &last.proof) {
             (Some(Err(failures)), _) => {
                 let words: Vec<String> = failures.iter().map(failure_words).collect();
@@ -272,10 +276,10 @@ impl Cluster {
             }
             (Some(Ok(())), Some(proof)) => {
                 let how = evidence_words(&state, &proof.how);
-                let end = match action {
-                    FenceAction::Off => "",
-                    FenceAction::Reboot if last.remarks.is_empty() => " It is on again.",
-                    FenceAction::Reboot => " ",
+                let end = if action == FenceAction::Reboot && remarks.is_empty() {
+                    " It is switched on again."
+                } else {
+                    ""
                 };
                 Ok(Done {
                     done: format!("Node {name} was off: {how}.{end}{remarks}"),
