@@ -1,5 +1,7 @@
 //! The way to the daemon: HTTP over its Unix socket, one connection per call.
 
+mod fence;
+
 use std::{
     path::{Path, PathBuf},
     time::Duration,

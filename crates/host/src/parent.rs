@@ -1,6 +1,6 @@
 //! The thread that is the parent of every process we start.
 //!
-//! Used by [`crate::command`], [`crate::process`] and [`crate::mkfs`]. A process asks the kernel to be killed when its parent dies
+//! Used by [`crate::command`], [`crate::process`], [`crate::run`] and [`crate::mkfs`]. A process asks the kernel to be killed when its parent dies
 //! (`PR_SET_PDEATHSIG`), and by *parent* the kernel means the thread that forked. The threads of an
 //! async runtime come and go, so one thread that lives as long as this process does all the forks.
 

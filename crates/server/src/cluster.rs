@@ -44,6 +44,7 @@ use crate::{
         volumes::{Volumes, VolumesContext},
     },
     events::{Events, unix_ms},
+    fencing::{Fencing, FencingContext},
     join::Admitter,
     local_store::LocalReplicas,
     membership_files::{MemberFiles, Places},
@@ -74,6 +75,7 @@ pub(crate) struct Cluster {
     volumes: Volumes,
     local: LocalSource,
     board: PathBoard,
+    fencing: Fencing,
     ca: Option<relevo_transport::Fingerprint>,
     events: Arc<Events>,
     shutdown_done: watch::Receiver<bool>,
@@ -156,15 +158,26 @@ impl Cluster {
         });
         let parts = Parts::new(runner, inbox.clone(), failed, runtime.clone());
         let board = PathBoard::default();
+        let fencing = Fencing::new(FencingContext {
+            me,
+            control: Arc::clone(&control),
+            states: control.state(),
+            inbox: inbox.clone(),
+            events: Arc::clone(&events),
+            timing,
+            runtime: runtime.clone(),
+        });
         let local = LocalSource::new(
             volumes.clone(),
             parts.clone(),
             inbox.clone(),
             board.clone(),
+            fencing.clone(),
             control.state(),
         );
 
         let mut tasks = JoinSet::new();
+        fencing.start(&mut tasks);
         let admitter = files.ca.as_ref().map(|ca| Admitter {
             ca: Arc::clone(ca),
             heartbeat_key: files.node.heartbeat_key,
@@ -174,6 +187,7 @@ impl Cluster {
             inbox: inbox.clone(),
             admitter,
             local: local.clone(),
+            fencing: fencing.clone(),
         };
         let server = RpcServer::bind(&[], &files.identity, Arc::new(handler))?;
         let data = data_node
@@ -239,6 +253,7 @@ impl Cluster {
             volumes,
             local,
             board,
+            fencing,
             ca: files.ca.as_ref().map(|ca| ca.fingerprint()),
             events,
             shutdown_done,
@@ -255,10 +270,6 @@ impl Cluster {
         self.me
     }
 
-    pub(crate) fn rpc(&self) -> &RpcClient {
-        &self.rpc
-    }
-
     /// This node's own paths.
     pub(crate) fn own_paths(&self) -> Standing {
         self.board.read()
@@ -267,6 +278,14 @@ impl Cluster {
     /// What this node observes; `None` while it stops.
     pub(crate) async fn observed(&self) -> Option<relevo_node::NodeStatus> {
         self.inbox.status().await
+    }
+
+    pub(crate) const fn fencing(&self) -> &Fencing {
+        &self.fencing
+    }
+
+    pub(crate) const fn rpc(&self) -> &Arc<RpcClient> {
+        &self.rpc
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -376,6 +395,7 @@ impl Cluster {
                     .add(EventLevel::Alarm, EventKind::Daemon, "", &text);
             }
         }
+        self.fencing.stop();
         self.volumes.close().await;
         let held = self
             .held

@@ -12,6 +12,7 @@ mod app;
 mod cluster;
 mod daemon;
 mod events;
+mod fencing;
 mod join;
 mod local_store;
 mod membership_files;

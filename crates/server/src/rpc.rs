@@ -14,12 +14,16 @@ use relevo_types::{
 
 use crate::{
     daemon::node_loop::NodeInbox,
+    fencing::{ConfirmFailure, FenceCall, Fencing},
     join::Admitter,
     status::{LocalReport, LocalSource},
 };
 
 /// How long a proposal may take at the leader: the control log gives up earlier.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// A word is taken at once or not at all.
+const FENCE_CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The way of the control log to the other nodes.
 #[derive(Debug)]
@@ -89,6 +93,20 @@ pub(crate) async fn fetch_report(
     serde_json::from_slice(&answer).ok()
 }
 
+/// Tells a node what a person says about the fencing of one.
+pub(crate) async fn send_fence_call(
+    rpc: &RpcClient,
+    to: NodeId,
+    call: &FenceCall,
+) -> Result<Result<(), ConfirmFailure>, String> {
+    let body = postcard::to_stdvec(call).map_err(|e| e.to_string())?;
+    let answer = rpc
+        .call(to, Method::Fence, Bytes::from(body), FENCE_CALL_TIMEOUT)
+        .await
+        .map_err(|e| e.to_string())?;
+    postcard::from_bytes(&answer).map_err(|e| e.to_string())
+}
+
 /// Tells a node what this one observes.
 pub(crate) async fn send_report(rpc: &RpcClient, to: NodeId, report: &Report, bound: Duration) {
     // A lost report is followed by the next one.
@@ -106,6 +124,7 @@ pub(crate) struct Handler {
     /// `None` on a node that admits nobody.
     pub(crate) admitter: Option<Admitter>,
     pub(crate) local: LocalSource,
+    pub(crate) fencing: Fencing,
 }
 
 #[async_trait]
@@ -144,6 +163,14 @@ impl RpcHandler for Handler {
                 }
                 self.inbox.tell(Input::Report(report));
                 Ok(Bytes::new())
+            }
+            Method::Fence => {
+                let call: FenceCall =
+                    postcard::from_bytes(&body).map_err(|e| failed(e.to_string()))?;
+                let answer = self.fencing.answer(call).await;
+                postcard::to_stdvec(&answer)
+                    .map(Bytes::from)
+                    .map_err(|e| failed(e.to_string()))
             }
             Method::Api => serde_json::to_vec(&self.local.report().await)
                 .map(Bytes::from)

@@ -1,4 +1,4 @@
-//! Orders that may lose data are confirmed with the volume's name.
+//! Orders that may lose data, or switch a node off, are confirmed with the name of what they are about.
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 
@@ -13,16 +13,46 @@ pub(super) fn confirm(
     loss: &LossStatus,
     given: Option<String>,
 ) -> Result<ConfirmRequest, CliError> {
+    let confirm = ask(
+        context,
+        &render::loss(loss),
+        Subject {
+            kind: "volume",
+            name: &loss.volume,
+            risk: "data may be lost by it",
+        },
+        given,
+    )?;
+    Ok(ConfirmRequest { confirm })
+}
+
+/// What an order is about.
+pub(super) struct Subject<'a> {
+    /// `volume`, `node`.
+    pub(super) kind: &'static str,
+    /// Its name, which confirms.
+    pub(super) name: &'a str,
+    /// Why it has to be confirmed.
+    pub(super) risk: &'static str,
+}
+
+/// Shows what is known and asks for the name; `given` answers for whoever has no terminal.
+pub(super) fn ask(
+    context: &Context,
+    known: &str,
+    subject: Subject<'_>,
+    given: Option<String>,
+) -> Result<String, CliError> {
     // Not to standard output: with --json that is for the answer alone.
     let mut terminal = std::io::stderr().lock();
     if !context.json {
-        write!(terminal, "{}", render::loss(loss))?;
+        write!(terminal, "{known}")?;
     }
-    let name = &loss.volume;
+    let Subject { kind, name, risk } = subject;
     let confirm = match given {
         Some(given) => given,
         None if std::io::stdin().is_terminal() => {
-            write!(terminal, "Type the name of the volume to go on: ")?;
+            write!(terminal, "Type the name of the {kind} to go on: ")?;
             terminal.flush()?;
             let mut line = String::new();
             std::io::stdin().lock().read_line(&mut line)?;
@@ -30,19 +60,19 @@ pub(super) fn confirm(
         }
         None => {
             return Err(CliError::Input(format!(
-                "nothing was done: data may be lost by it, and there is no terminal to ask on; if that is what you want: --confirm {name}"
+                "nothing was done: {risk}, and there is no terminal to ask on; if that is what you want: --confirm {name}"
             )));
         }
     };
-    check(name, confirm)
+    check(kind, name, confirm)
 }
 
-fn check(name: &str, confirm: String) -> Result<ConfirmRequest, CliError> {
+fn check(kind: &str, name: &str, confirm: String) -> Result<String, CliError> {
     if confirm == name {
-        return Ok(ConfirmRequest { confirm });
+        return Ok(confirm);
     }
     Err(CliError::Input(format!(
-        "nothing was done: `{confirm}` is not the name of the volume, which is `{name}`"
+        "nothing was done: `{confirm}` is not the name of the {kind}, which is `{name}`"
     )))
 }
 
@@ -52,9 +82,9 @@ mod tests {
 
     #[test]
     fn only_the_name_confirms() {
-        assert_eq!(check("mail", "mail".to_owned()).unwrap().confirm, "mail");
+        assert_eq!(check("volume", "mail", "mail".to_owned()).unwrap(), "mail");
         for wrong in ["", "yes", "Mail", "mail "] {
-            let error = check("mail", wrong.to_owned()).unwrap_err();
+            let error = check("volume", "mail", wrong.to_owned()).unwrap_err();
             assert!(error.to_string().contains("nothing was done"), "{error}");
         }
     }

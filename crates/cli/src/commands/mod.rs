@@ -4,6 +4,7 @@ mod cluster;
 mod confirm;
 mod daemon;
 mod events;
+mod fence;
 mod node;
 mod order;
 mod replica;
@@ -65,6 +66,9 @@ pub enum Verb {
     /// Services: what runs on one node and moves when that node fails
     #[command(subcommand)]
     Service(service::ServiceVerb),
+    /// Fencing: switch a node off and know it
+    #[command(subcommand)]
+    Fence(fence::FenceVerb),
     /// Make this node primary of a volume by hand, for a volume that no service uses; with --force also
     /// when its replica is not in sync
     Primary(role::PrimaryArgs),
@@ -141,6 +145,7 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         Verb::Volume(verb) => block_on(volume::run(&context, verb)),
         Verb::Service(verb) => block_on(service::run(&context, verb)),
         Verb::Why(args) => block_on(why::why(&context, &args)),
+        Verb::Fence(verb) => block_on(fence::run(&context, verb)),
         Verb::Primary(args) => block_on(role::primary(&context, args)),
         Verb::Secondary(args) => block_on(role::secondary(&context, args)),
         Verb::Attach(args) => block_on(order::give(&context, &args.volume, OrderRequest::Attach)),

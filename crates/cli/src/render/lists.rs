@@ -115,6 +115,7 @@ pub fn event_line(event: &Event) -> String {
         EventKind::Path => "path",
         EventKind::Volume => "volume",
         EventKind::Service => "service",
+        EventKind::Fence => "fence",
     };
     let about = if event.subject.is_empty() {
         kind.to_owned()
@@ -157,13 +158,13 @@ pub(super) const fn part_state(state: PartState) -> &'static str {
     }
 }
 
-fn table(header: &[&str]) -> Table {
+pub(super) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header(header);
     table
 }
 
-fn finish(table: &Table) -> String {
+pub(super) fn finish(table: &Table) -> String {
     let lines: Vec<String> = table
         .lines()
         .map(|line| line.trim_end().trim_start_matches(' ').to_owned() + "\n")

@@ -2,6 +2,7 @@
 
 use relevo_server::api::LossStatus;
 
+mod fence;
 mod lists;
 mod metadata;
 mod status;
@@ -9,6 +10,10 @@ mod status;
 mod tests;
 mod why;
 
+pub use fence::{
+    fence_agent, fence_agents, fence_device, fence_devices, fence_history, fence_outlook,
+    fence_power,
+};
 pub use lists::{event_line, path_list, saved_list, service_list, volume_list};
 pub use metadata::metadata;
 pub use status::status;

@@ -10,6 +10,7 @@ use relevo_types::{Sensitivity, cluster::NodeKind, size::format_size};
 
 use super::{
     age,
+    fence::fence_device_line,
     lists::{part_state, service_state},
 };
 
@@ -83,6 +84,23 @@ impl Page {
         }
         for service in &cluster.services {
             self.service(service);
+        }
+        if !cluster.fencing.devices.is_empty() {
+            self.line(0, "");
+            self.line(0, "Fencing");
+        }
+        for device in &cluster.fencing.devices {
+            for line in fence_device_line(device, self.now_unix_ms) {
+                self.line(2, &line);
+            }
+        }
+        for attempt in &cluster.fencing.attempts {
+            let since = age(self.now_unix_ms, attempt.since_unix_ms);
+            let text = format!(
+                "{} is being fenced by {} (for {since}): it {}",
+                attempt.node, attempt.by, attempt.doing
+            );
+            self.line(2, &text);
         }
     }
 

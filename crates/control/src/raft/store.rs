@@ -30,7 +30,7 @@ const COMPACT_ABOVE: u64 = 4 << 20;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Step {
     Vote(Vote<u64>),
-    Append(Entry),
+    Append(Box<Entry>),
     /// The entries from this one on are void.
     Truncate(u64),
     /// The entries up to this one are in a snapshot.
@@ -121,7 +121,7 @@ impl Log {
         match step {
             Step::Vote(vote) => self.vote = Some(vote),
             Step::Append(entry) => {
-                self.entries.insert(entry.log_id.index, entry);
+                self.entries.insert(entry.log_id.index, *entry);
             }
             Step::Truncate(from) => {
                 self.entries.split_off(&from);
@@ -136,7 +136,12 @@ impl Log {
     }
 
     fn steps(&self) -> Vec<Step> {
-        let entries = self.entries.values().cloned().map(Step::Append);
+        let entries = self
+            .entries
+            .values()
+            .cloned()
+            .map(Box::new)
+            .map(Step::Append);
         self.vote
             .map(Step::Vote)
             .into_iter()
@@ -217,7 +222,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let steps = entries.into_iter().map(Step::Append).collect();
+        let steps = entries
+            .into_iter()
+            .map(Box::new)
+            .map(Step::Append)
+            .collect();
         let result = self.write(steps).await;
         let failed = result.as_ref().err().map(StorageIOError::write_logs);
         callback.log_io_completed(result);

@@ -5,6 +5,7 @@
 //! group is killed with it.
 
 mod child;
+pub(crate) mod leader;
 mod log;
 mod supervisor;
 

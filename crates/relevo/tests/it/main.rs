@@ -6,6 +6,7 @@ mod breakage;
 mod cluster;
 mod daemons;
 mod demo;
+mod fencing;
 mod large;
 mod metadata;
 mod placement;

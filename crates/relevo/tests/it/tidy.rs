@@ -15,7 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &["wire", "format"],
     &["replication", "membership", "planner"],
     &["node", "control", "disk", "export", "host"],
-    &["transport", "agents", "ledger"],
+    &["transport", "agents", "fence", "ledger"],
     &["datapath"],
     &["server"],
     &["cli"],

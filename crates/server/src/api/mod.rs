@@ -2,15 +2,22 @@
 //!
 //! The CLI, the demo and every later user interface speak these types; nothing else of the
 //! daemon is reachable from outside. [`request`] is what is asked, [`status`] and [`metadata`] what is shown,
-//! [`error`] how a refusal reads.
+//! [`fence`] both for fencing, [`error`] how a refusal reads.
 
 pub mod error;
+pub mod fence;
 pub mod metadata;
 pub mod request;
 pub(crate) mod router;
 pub mod status;
 
 pub use error::{ApiError, ErrorKind};
+pub use fence::{
+    AddFenceDeviceRequest, FenceAgentStatus, FenceAgentSummary, FenceAttemptStatus,
+    FenceCheckStatus, FenceDeviceStatus, FenceHistoryEntry, FenceKindRequest, FenceOutlook,
+    FenceParameterStatus, FencePower, FenceRequest, FenceTargetStatus, FenceWordRequest,
+    FencingStatus,
+};
 pub use metadata::{ActivityLogDump, BitmapDump, MetadataDump, SuperblockDump, SuperblockSlot};
 pub use request::{
     AddReplicaRequest, AddressRequest, ConfirmRequest, CreateServiceRequest, CreateVolumeRequest,

@@ -1,5 +1,7 @@
 //! The routes of the daemon's socket.
 
+mod fence;
+
 use std::{convert::Infallible, sync::Arc};
 
 use axum::{
@@ -64,6 +66,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/nodes/{name}/standby", post(set_standby))
         .route("/v1/nodes/{name}/paths", post(add_path))
         .route("/v1/nodes/{name}/paths/{path}", delete(remove_path))
+        .merge(fence::routes())
         .fallback(unknown)
         .layer(DefaultBodyLimit::max(REQUEST_MAX))
         .with_state(app)

@@ -10,6 +10,8 @@ use relevo_membership::PathTrouble;
 use relevo_types::{Sensitivity, cluster::NodeKind};
 use serde::{Deserialize, Serialize};
 
+use super::FencingStatus;
+
 /// `GET /v1/status`
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Status {
@@ -71,6 +73,9 @@ pub struct ClusterStatus {
     pub services: Vec<ServiceStatus>,
     /// What the cluster as a whole waits for.
     pub waits: Vec<WaitStatus>,
+    /// Fence devices, and what they are at.
+    #[serde(default)]
+    pub fencing: FencingStatus,
 }
 
 /// Votes.
@@ -483,6 +488,8 @@ pub enum EventKind {
     Volume,
     /// A service.
     Service,
+    /// A fence device, or the fencing of a node.
+    Fence,
 }
 
 /// How much an event matters.

@@ -67,6 +67,7 @@ pub(crate) fn compose(from: &Sources<'_>) -> ClusterStatus {
                 next: None,
             })
             .collect(),
+        fencing: from.fencing(),
     }
 }
 

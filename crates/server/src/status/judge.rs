@@ -4,8 +4,8 @@ use relevo_membership::PathTrouble;
 use relevo_types::BLOCK_SIZE;
 
 use crate::api::{
-    ClusterStatus, DiffersStatus, Health, NodeStatus, PartState, PathCarries, PathStatus,
-    ReplicaStatus, ServiceState, ServiceStatus, VolumeStatus,
+    ClusterStatus, DiffersStatus, FencingStatus, Health, NodeStatus, PartState, PathCarries,
+    PathStatus, ReplicaStatus, ServiceState, ServiceStatus, VolumeStatus,
 };
 
 /// The health of a cluster, and a sentence for each thing that is not as it should be.
@@ -21,6 +21,7 @@ pub(crate) fn judge(cluster: &ClusterStatus) -> (Health, Vec<String>) {
     for service in &cluster.services {
         findings.service(service);
     }
+    findings.fencing(&cluster.fencing);
     (
         findings.health.unwrap_or(Health::Healthy),
         findings.problems,
@@ -137,6 +138,37 @@ impl Findings {
                 ),
                 None => continue,
             };
+            self.add(Health::Degraded, problem);
+        }
+    }
+
+    fn fencing(&mut self, fencing: &FencingStatus) {
+        for device in &fencing.devices {
+            for check in &device.checks {
+                if let Some(trouble) = &check.trouble {
+                    let problem = format!(
+                        "fence device {} would not work from {}: {trouble}",
+                        device.name, check.node
+                    );
+                    self.add(Health::Degraded, problem);
+                }
+            }
+            if device.from.is_empty() && device.what != "a person" {
+                let problem = format!("no node may use fence device {}", device.name);
+                self.add(Health::Degraded, problem);
+            }
+        }
+        for node in &fencing.nodes_without {
+            let problem = format!(
+                "node {node} has no fence device, and others have; `relevo fence device add` adds one"
+            );
+            self.add(Health::Degraded, problem);
+        }
+        for attempt in &fencing.attempts {
+            let problem = format!(
+                "node {} is being fenced: {} {}",
+                attempt.node, attempt.by, attempt.doing
+            );
             self.add(Health::Degraded, problem);
         }
     }

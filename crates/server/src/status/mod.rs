@@ -4,6 +4,7 @@
 //! [`compose`] and [`judge`] are pure.
 
 mod compose;
+mod fencing;
 mod judge;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -28,6 +29,7 @@ use crate::{
         paths::{PathBoard, Standing},
         volumes::Volumes,
     },
+    fencing::{Fencing, LocalFencing},
     rpc::fetch_report,
 };
 
@@ -46,6 +48,9 @@ pub(crate) struct LocalReport {
     /// Its own paths, and why it can't use one.
     #[serde(default)]
     pub(crate) paths: Standing,
+    /// Its fence devices, and the fencing under way there.
+    #[serde(default)]
+    pub(crate) fencing: LocalFencing,
 }
 
 /// A replica as its node sees it.
@@ -108,6 +113,7 @@ pub(crate) struct LocalSource {
     parts: Parts,
     inbox: NodeInbox,
     paths: PathBoard,
+    fencing: Fencing,
     states: watch::Receiver<Arc<ClusterState>>,
 }
 
@@ -117,12 +123,14 @@ impl LocalSource {
         parts: Parts,
         inbox: NodeInbox,
         paths: PathBoard,
+        fencing: Fencing,
         states: watch::Receiver<Arc<ClusterState>>,
     ) -> Self {
         Self {
             volumes,
             parts,
             inbox,
+            fencing,
             paths,
             states,
         }
@@ -132,6 +140,7 @@ impl LocalSource {
         let mut report = LocalReport {
             volumes: self.local_volumes(),
             paths: self.paths.read(),
+            fencing: self.fencing.report(),
             ..LocalReport::default()
         };
         let services: Vec<ServiceId> = self.states.borrow().services.keys().copied().collect();

@@ -180,6 +180,7 @@ fn report(dirty: Option<(u64, u64)>) -> LocalReport {
         services: BTreeMap::from([(ServiceId(1), parts)]),
         waits: vec![],
         paths: Standing::new(),
+        ..LocalReport::default()
     }
 }
 

@@ -1,6 +1,7 @@
 //! The calls of the API on a running cluster: each checks, proposes to the control log, and waits
 //! until what was asked for is there or can't come.
 
+mod fence;
 pub(crate) mod metadata;
 mod node;
 mod order;
@@ -122,7 +123,8 @@ fn rejected(what: &str, rejection: &Rejection) -> ApiError {
         | Rejection::BadSize { .. }
         | Rejection::BadReplicas { .. }
         | Rejection::BadPlacement { .. }
-        | Rejection::BadPath { .. } => ErrorKind::BadRequest,
+        | Rejection::BadPath { .. }
+        | Rejection::BadFencing { .. } => ErrorKind::BadRequest,
         _ => ErrorKind::Refused,
     };
     ApiError::new(kind, what, reason, remedy)

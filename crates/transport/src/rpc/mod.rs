@@ -39,6 +39,8 @@ pub enum Method {
     Report,
     /// A call of the API that another node shall handle.
     Api,
+    /// What a person says about the fencing of a node, for whoever is at it.
+    Fence,
 }
 
 /// Times of the RPC.

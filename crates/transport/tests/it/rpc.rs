@@ -312,7 +312,13 @@ async fn a_machine_with_the_fingerprint_can_only_ask_to_join() {
 async fn without_a_certificate_other_methods_are_refused() {
     let cluster = Cluster::new(1);
     let (server, handler) = serve(&cluster.node(1));
-    for method in [Method::Raft, Method::Propose, Method::Report, Method::Api] {
+    for method in [
+        Method::Raft,
+        Method::Propose,
+        Method::Report,
+        Method::Api,
+        Method::Fence,
+    ] {
         let pin = cluster.ca.fingerprint();
         let addresses = server.addresses();
         let asked = relevo_transport::rpc::call_as_stranger(

@@ -1,5 +1,6 @@
 //! Applying commands: the one place where the replicated state changes.
 
+mod fencing;
 mod lineages;
 mod paths;
 mod replicas;
@@ -203,6 +204,7 @@ impl ClusterState {
                 replication,
             } => self.add_path(*node, name, address, *replication),
             Command::RemovePath { node, name } => self.remove_path(*node, name),
+            Command::Fence(command) => self.apply_fence(command),
         }
     }
 
@@ -315,6 +317,7 @@ impl ClusterState {
             ));
         }
         self.nodes.remove(&id);
+        self.forget_fencing_of(id);
         for service in self.services.values_mut() {
             service.placement.forget_node(id);
             service.failures.remove(&id);

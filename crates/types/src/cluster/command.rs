@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Differs, JoinToken, NodeKind, NodeSpec, PathAddress, Placement, ReplicaSpec, ServiceSpec,
-    VolumeOptions,
+    Differs, FenceCommand, JoinToken, NodeKind, NodeSpec, PathAddress, Placement, ReplicaSpec,
+    ServiceSpec, VolumeOptions,
 };
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
@@ -242,6 +242,8 @@ pub enum Command {
         /// Name of the path.
         name: String,
     },
+    /// Fence devices, and what was done with them.
+    Fence(FenceCommand),
 }
 
 /// A change of a volume's configuration.
@@ -466,6 +468,8 @@ pub enum Rejection {
     ResyncCircle { names: String },
     #[error("{why}")]
     BadPath { why: String },
+    #[error("{why}")]
+    BadFencing { why: String },
 }
 
 impl NodeKind {

@@ -7,6 +7,7 @@
 mod apply;
 mod command;
 mod differs;
+mod fencing;
 pub mod options;
 mod paths;
 mod placement;
@@ -17,6 +18,11 @@ mod tests;
 
 pub use command::{Command, Outcome, Proof, Rejection, VolumeChange};
 pub use differs::{DIFFERS_RUNS_MAX, Differs};
+pub use fencing::{
+    FENCE_DEVICES_MAX, FENCE_HISTORY_MAX, FENCE_LEVEL_MAX, FenceAction, FenceAsked, FenceCommand,
+    FenceDevice, FenceEvidence, FenceFailure, FenceKind, FenceOutcome, FenceProof, FenceRecord,
+    FenceTarget, FenceValue, FenceVerified, Fencing,
+};
 pub use options::{
     AfterSplitBrain, Congestion, Encryption, OnCongestion, PairProtocol, VolumeOptions,
 };

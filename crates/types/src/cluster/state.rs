@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Differs, NodePath, Service, StreamPath, VolumeOptions};
+use super::{Differs, Fencing, NodePath, Service, StreamPath, VolumeOptions};
 use crate::{
     ClusterId, Epoch, LeaseGeneration, LineageId, NodeId, ReplicaSlot, Sensitivity, ServiceId,
     VolumeId,
@@ -42,6 +42,9 @@ pub struct ClusterState {
     pub last_volume: u32,
     /// The last id given to a service.
     pub last_service: u32,
+    /// Fence devices, and what was done with them.
+    #[serde(default)]
+    pub fencing: Fencing,
 }
 
 /// What a machine brings to the cluster.

@@ -1,3 +1,5 @@
+mod fencing;
+
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::*;
