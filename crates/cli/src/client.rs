@@ -19,7 +19,8 @@ use relevo_server::api::{
     CreateVolumeRequest, Done, Event, HoldRequest, InitAnswer, InitRequest, JoinAnswer,
     JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PathRequest,
     PlacementRequest, SOCKET_NAME, ServiceStatus, SetOptionsRequest, StandbyRequest, Status,
-    TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest, WhyAnswer,
+    TokenAnswer, TokenRequest, VolumeStatus, WaitSyncRequest, WhatIfAnswer, WhatIfRequest,
+    WhyAnswer,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -310,6 +311,14 @@ impl Client {
     pub async fn hold_service(&self, name: &str, request: &HoldRequest) -> Result<Done, CliError> {
         let path = format!("/v1/services/{}/hold", escape(name));
         self.call(Method::POST, &path, Some(request)).await
+    }
+
+    /// What would come of something.
+    ///
+    /// # Errors
+    /// See [`CliError`].
+    pub async fn what_if(&self, request: &WhatIfRequest) -> Result<WhatIfAnswer, CliError> {
+        self.call(Method::POST, "/v1/what-if", Some(request)).await
     }
 
     /// Why a service is where it is.

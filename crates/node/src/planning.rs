@@ -74,6 +74,17 @@ impl Node {
             .map_or(0, |(since, clock_s)| clock_s + now.since(since).as_secs())
     }
 
+    /// What the planner looks at, as this node sees it.
+    pub(crate) fn plan_input(&self, now: Time, state: &ClusterState) -> PlanInput {
+        PlanInput {
+            planner: self.config.me,
+            state: state.clone(),
+            nodes: self.views(now, state),
+            now_s: self.cluster_clock(now),
+            better_since: self.better_since.clone(),
+        }
+    }
+
     /// Plans and proposes, on the leader.
     pub(crate) fn plan(
         &mut self,
@@ -91,18 +102,13 @@ impl Node {
             return;
         }
         self.next_plan = now + PLAN_INTERVAL;
-        let now_s = self.cluster_clock(now);
+        let input = self.plan_input(now, state);
+        let now_s = input.now_s;
         let Plan {
             actions,
             waits,
             better,
-        } = plan(&PlanInput {
-            planner: me,
-            state: state.clone(),
-            nodes: self.views(now, state),
-            now_s,
-            better_since: self.better_since.clone(),
-        });
+        } = plan(&input);
         let since = |(service, node)| match self.better_since.get(&service) {
             Some((known, since_s)) if *known == node => (service, (node, *since_s)),
             _ => (service, (node, now_s)),

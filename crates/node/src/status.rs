@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use relevo_planner::{Fitness, Wait, fitness};
+use relevo_planner::{Fitness, Forecast, Supposed, Wait, fitness, forecast};
 use relevo_types::{NodeId, ServiceId, Time};
 use serde::{Deserialize, Serialize};
 
@@ -75,5 +75,12 @@ impl Node {
         nodes
             .map(|node| (node, fitness(state, &views, self.config.me, service, node)))
             .collect()
+    }
+
+    /// What would come of something, as this node sees the cluster; `None` before it knows the cluster.
+    #[must_use]
+    pub fn forecast(&self, now: Time, supposed: Supposed) -> Option<Forecast> {
+        let state = self.state.as_ref()?;
+        Some(forecast(&self.plan_input(now, state), supposed))
     }
 }

@@ -20,12 +20,14 @@ use relevo_types::{
 use serde::{Deserialize, Serialize};
 
 mod fitness;
+mod forecast;
 mod nodes;
 mod patience;
 mod placement;
 mod services;
 
 pub use fitness::{Fitness, Rank, fitness};
+pub use forecast::{Forecast, Supposed, forecast};
 pub use services::should_release;
 
 /// Everything the planner looks at.

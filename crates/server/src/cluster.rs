@@ -19,7 +19,7 @@ use anyhow::Context as _;
 use relevo_agents::{AddressKeeper, FAILURE_QUEUE, PartContext, PartRunner};
 use relevo_control::{ControlLog as _, ProposeError, RaftControl, RaftControlConfig};
 use relevo_node::{Input, NodeConfig};
-use relevo_planner::Fitness;
+use relevo_planner::{Fitness, Forecast, Supposed};
 use relevo_replication::io::promotion;
 use relevo_transport::{HeartbeatSockets, RpcClient, RpcServer, Token, random, rpc::RpcConfig};
 use relevo_types::{
@@ -435,6 +435,11 @@ impl Cluster {
     /// Whether each node can run a service, as this node sees it.
     pub(crate) async fn verdicts(&self, service: ServiceId) -> BTreeMap<NodeId, Fitness> {
         self.inbox.verdicts(service).await
+    }
+
+    /// What would come of something, as this node sees the cluster.
+    pub(crate) async fn forecast(&self, supposed: Supposed) -> Option<Forecast> {
+        self.inbox.forecast(supposed).await
     }
 
     /// Whether this node leads the control log, and so decides.

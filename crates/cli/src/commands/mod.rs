@@ -61,6 +61,8 @@ pub enum Verb {
     /// Replicated volumes
     #[command(subcommand)]
     Volume(volume::VolumeVerb),
+    /// Say what would happen if a node died or were put on standby; nothing of it is done
+    WhatIf(why::WhatIfArgs),
     /// Say why a service is where it is, and what speaks against each node
     Why(why::WhyArgs),
     /// Services: what runs on one node and moves when that node fails
@@ -144,6 +146,7 @@ pub fn run(global: GlobalArgs, verb: Verb) -> ExitCode {
         Verb::Node(verb) => block_on(node::run(&context, verb)),
         Verb::Volume(verb) => block_on(volume::run(&context, verb)),
         Verb::Service(verb) => block_on(service::run(&context, verb)),
+        Verb::WhatIf(args) => block_on(why::what_if(&context, args)),
         Verb::Why(args) => block_on(why::why(&context, &args)),
         Verb::Fence(verb) => block_on(fence::run(&context, verb)),
         Verb::Primary(args) => block_on(role::primary(&context, args)),

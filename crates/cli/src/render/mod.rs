@@ -17,7 +17,7 @@ pub use fence::{
 pub use lists::{event_line, path_list, saved_list, service_list, volume_list};
 pub use metadata::metadata;
 pub use status::status;
-pub use why::why;
+pub use why::{what_if, why};
 
 /// What may be lost by a decision, for whoever is asked to confirm it.
 #[must_use]

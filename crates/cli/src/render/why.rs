@@ -1,6 +1,6 @@
-//! `why` as text.
+//! `why` and `what-if` as text.
 
-use relevo_server::api::WhyAnswer;
+use relevo_server::api::{WhatIfAnswer, WhyAnswer};
 
 use super::lists::service_state;
 
@@ -43,6 +43,35 @@ pub fn why(answer: &WhyAnswer) -> String {
             answer.judged_by
         ));
     }
+    lines.push(String::new());
+    lines.join("\n")
+}
+
+/// What would come of something.
+#[must_use]
+pub fn what_if(answer: &WhatIfAnswer) -> String {
+    let mut lines = Vec::new();
+    let place = |node: &Option<String>| node.clone().unwrap_or_else(|| "nowhere".to_owned());
+    for it in &answer.moves {
+        lines.push(format!(
+            "{}  from {} to {}",
+            it.service,
+            place(&it.from),
+            place(&it.to)
+        ));
+    }
+    if answer.moves.is_empty() && answer.decides {
+        lines.push("No service would move.".to_owned());
+    }
+    let section = |lines: &mut Vec<String>, title: &str, items: &[String]| {
+        if !items.is_empty() {
+            lines.push(title.to_owned());
+            lines.extend(items.iter().map(|item| format!("  {item}")));
+        }
+    };
+    section(&mut lines, "It would be done:", &answer.steps);
+    section(&mut lines, "It would have to wait:", &answer.waits);
+    section(&mut lines, "Mind:", &answer.remarks);
     lines.push(String::new());
     lines.join("\n")
 }

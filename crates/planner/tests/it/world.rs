@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use relevo_planner::{NodeView, Plan, PlanInput, ReplicaView, Views, plan, should_release};
+use relevo_planner::{
+    Forecast, NodeView, Plan, PlanInput, ReplicaView, Supposed, Views, forecast, plan,
+    should_release,
+};
 use relevo_types::{
     BlockRange, ClusterId, LineageId, NodeId, Sensitivity, ServiceId, VolumeId,
     cluster::{
@@ -286,6 +289,7 @@ impl World {
                 };
                 self.view(node).replicas.insert(volume, standing);
             }
+            ["what-if", node, what] => self.what_if(node, what),
             ["planner", node] => self.planner = self.node(node),
             ["seconds", seconds] => self.now_s += seconds.parse::<u64>().unwrap(),
             ["memory", node, mib] => self.view(node).memory_mib = Some(mib.parse().unwrap()),
@@ -429,6 +433,37 @@ impl World {
             }
         }
         panic!("the planner runs in circles:\n{}", self.log);
+    }
+
+    /// Plays it through and writes down what came of it; nothing is changed.
+    fn what_if(&mut self, node: &str, what: &str) {
+        let node = self.node(node);
+        let supposed = match what {
+            "dies" => Supposed::Dies(node),
+            "standby" => Supposed::Standby(node),
+            other => panic!("what is `{other}`?"),
+        };
+        self.report_running();
+        let Forecast {
+            decides: _,
+            steps,
+            waits,
+            moves,
+            remarks,
+        } = forecast(&self.input(), supposed);
+        let place = |node: Option<NodeId>| {
+            node.map_or_else(|| "nowhere".to_owned(), |node| self.state.node_name(node))
+        };
+        let mut lines: Vec<String> = steps.iter().map(|step| format!("step: {step}")).collect();
+        lines.extend(waits.iter().map(|wait| format!("wait: {}", wait.reason)));
+        lines.extend(moves.iter().map(|(service, (from, to))| {
+            let name = &self.state.services[service].spec.name;
+            format!("{name}: {} -> {}", place(*from), place(*to))
+        }));
+        lines.extend(remarks);
+        for line in lines {
+            writeln!(self.log, "    {line}").unwrap();
+        }
     }
 
     /// Each node tells which services run there.

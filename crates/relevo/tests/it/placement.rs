@@ -55,6 +55,14 @@ fn rules_are_kept_and_explained() {
     assert!(err.contains("service `web` names it"), "{err}");
     alfa.ok(&["service", "start", "db"]);
 
+    let out = wit.ok(&["what-if", "alfa", "dies"]);
+    assert!(out.contains("db  from alfa to beta"), "{out}");
+    assert!(out.contains("web  from alfa to beta"), "{out}");
+    assert!(out.contains("alfa was silent for 1.0 s"), "{out}");
+    assert!(out.contains("without one more of beta and wit"), "{out}");
+    let out = wit.ok(&["what-if", "beta", "standby"]);
+    assert!(out.contains("No service would move."), "{out}");
+
     // It returns.
     let out = alfa.ok(&["service", "place", "db", "--failback", "1s"]);
     assert!(out.contains("prefer beta alfa; failback 1s"), "{out}");

@@ -24,13 +24,13 @@ pub use request::{
     Done, HoldRequest, InitAnswer, InitRequest, JoinAnswer, JoinRequest, MountRequest,
     MoveServiceRequest, NodeRequest, OrderRequest, PartRequest, PathRequest, PlacementRequest,
     ProcessRequest, ReplicaRequest, SetOptionsRequest, StandbyRequest, TokenAnswer, TokenRequest,
-    VolumePartRequest, WaitSyncRequest,
+    VolumePartRequest, WaitSyncRequest, WhatIfRequest,
 };
 pub use status::{
     ClusterStatus, DaemonStatus, DiffersStatus, Event, EventKind, EventLevel, FailureStatus,
-    Health, LeaseStatus, LossStatus, NodeStatus, PartState, PartStatus, PathCarries, PathStatus,
-    QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, StateChange, Status,
-    VolumeStatus, WaitStatus, WhyAnswer, WhyNode,
+    Health, LeaseStatus, LossStatus, MoveForecast, NodeStatus, PartState, PartStatus, PathCarries,
+    PathStatus, QuorumStatus, ReplicaStatus, ServiceState, ServiceStatus, SplitStatus, StateChange,
+    Status, VolumeStatus, WaitStatus, WhatIfAnswer, WhyAnswer, WhyNode,
 };
 
 /// Name of the socket within the state directory.

@@ -270,6 +270,16 @@ pub struct PlacementRequest {
     pub failback: Option<String>,
 }
 
+/// `POST /v1/what-if`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum WhatIfRequest {
+    /// This node loses its power.
+    Dies(String),
+    /// This node is put on standby.
+    Standby(String),
+}
+
 /// `POST /v1/services/{name}/hold`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -21,7 +21,7 @@ use super::{
     CreateVolumeRequest, Done, ErrorKind, Event, HoldRequest, InitAnswer, InitRequest, JoinAnswer,
     JoinRequest, LossStatus, MetadataDump, MoveServiceRequest, OrderRequest, PathRequest,
     PlacementRequest, ServiceStatus, SetOptionsRequest, StandbyRequest, Status, TokenAnswer,
-    TokenRequest, VolumeStatus, WaitSyncRequest, WhyAnswer,
+    TokenRequest, VolumeStatus, WaitSyncRequest, WhatIfAnswer, WhatIfRequest, WhyAnswer,
 };
 use crate::app::App;
 
@@ -63,6 +63,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v1/services/{name}/place", post(place_service))
         .route("/v1/services/{name}/hold", post(hold_service))
         .route("/v1/services/{name}/why", get(why_service))
+        .route("/v1/what-if", post(what_if))
         .route("/v1/nodes/{name}/standby", post(set_standby))
         .route("/v1/nodes/{name}/paths", post(add_path))
         .route("/v1/nodes/{name}/paths/{path}", delete(remove_path))
@@ -287,6 +288,11 @@ async fn hold_service(
 
 async fn why_service(State(app): State<Arc<App>>, Path(name): Path<String>) -> Answer<WhyAnswer> {
     app.running()?.why(&name).await.map(Json)
+}
+
+async fn what_if(State(app): State<Arc<App>>, bytes: Bytes) -> Answer<WhatIfAnswer> {
+    let request: WhatIfRequest = body(&bytes)?;
+    app.running()?.what_if(&request).await.map(Json)
 }
 
 async fn set_standby(

@@ -337,6 +337,32 @@ pub struct WhyAnswer {
     pub nodes: Vec<WhyNode>,
 }
 
+/// What would come of something: nothing of it was done.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WhatIfAnswer {
+    /// Enough voters would be left to decide anything.
+    pub decides: bool,
+    /// What would be done, in order, with the reasons.
+    pub steps: Vec<String>,
+    /// Services that would be somewhere else.
+    pub moves: Vec<MoveForecast>,
+    /// What would have to wait, and why.
+    pub waits: Vec<String>,
+    /// Redundancy that would be gone.
+    pub remarks: Vec<String>,
+}
+
+/// A service that would be somewhere else.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MoveForecast {
+    /// The service.
+    pub service: String,
+    /// Where it is.
+    pub from: Option<String>,
+    /// Where it would be.
+    pub to: Option<String>,
+}
+
 /// A node and a service.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct WhyNode {

@@ -18,7 +18,7 @@ use relevo_node::{
     Effect, Input, Node, NodeConfig, NodeEvent, NodeStatus, PartOrder, ProposalId, Report,
     VolumeOrder,
 };
-use relevo_planner::Fitness;
+use relevo_planner::{Fitness, Forecast, Supposed};
 use relevo_transport::{HeartbeatSockets, HeartbeatWaker, PathChange};
 use relevo_types::{
     LeaseGeneration, NodeId, ServiceId, Time, VolumeId,
@@ -54,6 +54,7 @@ enum Message {
     Input(Box<Input>),
     Path(Box<PathChange>),
     Status(oneshot::Sender<NodeStatus>),
+    Forecast(Supposed, oneshot::Sender<Option<Forecast>>),
     Verdicts(ServiceId, oneshot::Sender<BTreeMap<NodeId, Fitness>>),
     Stop,
 }
@@ -89,6 +90,13 @@ impl NodeInbox {
         let (answer, verdicts) = oneshot::channel();
         self.send(Message::Verdicts(service, answer));
         verdicts.await.unwrap_or_default()
+    }
+
+    /// What would come of something; `None` when the loop has ended.
+    pub(crate) async fn forecast(&self, supposed: Supposed) -> Option<Forecast> {
+        let (answer, forecast) = oneshot::channel();
+        self.send(Message::Forecast(supposed, answer));
+        forecast.await.ok().flatten()
     }
 
     /// Ends the loop.
@@ -198,6 +206,10 @@ impl<H: Hands> NodeLoop<H> {
                 Ok(Message::Verdicts(service, answer)) => {
                     let now = relevo_host::clock::now();
                     drop(answer.send(self.node.verdicts(now, service)));
+                }
+                Ok(Message::Forecast(supposed, answer)) => {
+                    let now = relevo_host::clock::now();
+                    drop(answer.send(self.node.forecast(now, supposed)));
                 }
                 Ok(Message::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,

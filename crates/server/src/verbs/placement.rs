@@ -1,6 +1,6 @@
 //! Where services run: rules, holding, and why.
 
-use relevo_planner::Fitness;
+use relevo_planner::{Fitness, Supposed};
 use relevo_types::{
     NodeId, ServiceId,
     cluster::{ClusterState, Command, Placement},
@@ -9,7 +9,10 @@ use relevo_types::{
 
 use super::{find_node, find_service};
 use crate::{
-    api::{ApiError, Done, ErrorKind, PlacementRequest, WhyAnswer, WhyNode},
+    api::{
+        ApiError, Done, ErrorKind, MoveForecast, PlacementRequest, WhatIfAnswer, WhatIfRequest,
+        WhyAnswer, WhyNode,
+    },
     cluster::Cluster,
 };
 
@@ -79,6 +82,42 @@ impl Cluster {
             judged_by: state.node_name(self.me()),
             decides: self.leader() == Some(self.me()),
             nodes: nodes.collect(),
+        })
+    }
+}
+
+impl Cluster {
+    /// What would come of something. Nothing of it is done.
+    pub(crate) async fn what_if(&self, request: &WhatIfRequest) -> Result<WhatIfAnswer, ApiError> {
+        let what = "nothing can be foreseen";
+        let state = self.state();
+        let supposed = match request {
+            WhatIfRequest::Dies(node) => Supposed::Dies(find_node(&state, node, what)?),
+            WhatIfRequest::Standby(node) => Supposed::Standby(find_node(&state, node, what)?),
+        };
+        let forecast = self.forecast(supposed).await.ok_or_else(|| {
+            ApiError::new(
+                ErrorKind::Unavailable,
+                what,
+                "this node does not know the state of the cluster yet",
+                "`relevo status` shows whom it reaches; ask again then",
+            )
+        })?;
+        let name = |node: Option<NodeId>| node.map(|node| state.node_name(node));
+        let moves = forecast.moves.into_iter().map(|(service, (from, to))| {
+            let known = state.services.get(&service);
+            MoveForecast {
+                service: known.map_or_else(|| service.to_string(), |it| it.spec.name.clone()),
+                from: name(from),
+                to: name(to),
+            }
+        });
+        Ok(WhatIfAnswer {
+            decides: forecast.decides,
+            steps: forecast.steps,
+            moves: moves.collect(),
+            waits: forecast.waits.into_iter().map(|it| it.reason).collect(),
+            remarks: forecast.remarks,
         })
     }
 }
