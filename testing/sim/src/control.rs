@@ -16,6 +16,8 @@ use relevo_types::{
     },
 };
 
+use crate::paths::PathPlan;
+
 /// The one volume of a run.
 pub const VOLUME: VolumeId = VolumeId(1);
 
@@ -157,6 +159,26 @@ impl Control {
             placement: Placement::default(),
             target: None,
         })?;
+        self.snapshots = vec![Arc::new(self.state.clone())];
+        Ok(self)
+    }
+
+    /// The same with further paths for heartbeats.
+    ///
+    /// # Errors
+    /// The control log refused a step; a bug in it or here.
+    pub fn with_paths(mut self, plan: &PathPlan) -> Result<Self, Rejection> {
+        for node in self.state.nodes.keys().copied().collect::<Vec<_>>() {
+            for (name, address) in plan.of_node(node.0 as usize - 1) {
+                let address = address.parse().map_err(|why| Rejection::BadPath { why })?;
+                self.state.apply(&Command::AddPath {
+                    node,
+                    name: name.to_owned(),
+                    address,
+                    replication: false,
+                })?;
+            }
+        }
         self.snapshots = vec![Arc::new(self.state.clone())];
         Ok(self)
     }

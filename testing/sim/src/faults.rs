@@ -36,6 +36,8 @@ pub enum Fault {
     Restart,
     /// An operator asks for the service to be on another node. Layer 2 only.
     MoveService,
+    /// A path of heartbeats fails, or one node's end of it, while the others hold. Layer 2 only.
+    CutPath,
     /// An operator suspends I/O or disconnects a replica for a while.
     Orders,
     /// An operator removes a replica and adds it again, empty.
@@ -72,7 +74,7 @@ impl std::str::FromStr for Fault {
         let name = |fault: &Self| format!("{fault:?}");
         Self::ALL
             .iter()
-            .chain([&Self::MoveService])
+            .chain([&Self::MoveService, &Self::CutPath])
             .find(|fault| name(fault) == text)
             .copied()
             .ok_or_else(|| {

@@ -22,6 +22,7 @@ pub mod enumerate;
 pub mod faults;
 pub mod lease;
 pub mod net;
+pub mod paths;
 pub mod queue;
 pub mod rng;
 pub mod scenario;

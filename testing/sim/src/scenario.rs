@@ -15,6 +15,7 @@ use relevo_types::{
 
 use crate::{
     faults::Fault,
+    paths::PathPlan,
     rng::Rng,
     second::{Point, SecondFault},
 };
@@ -249,6 +250,10 @@ pub struct Scenario {
     pub net_us: u64,
     /// Layer 2: the real node managers instead of the oracle of `cluster::govern`.
     pub managed: bool,
+    /// Paths of heartbeats beside the first one. Layer 2.
+    pub paths: PathPlan,
+    /// A planted bug: managers take no heartbeat from any path but the first.
+    pub deaf: bool,
     /// Heartbeats that get lost, in percent.
     pub datagram_loss: f64,
     /// The short schedule of crash enumeration, not the seed's own.
@@ -344,6 +349,8 @@ impl Scenario {
             disk_us: rng.pick(&[200, 1000, 4000]),
             net_us: rng.pick(&[100, 1000, 5000]),
             managed: false,
+            paths: PathPlan::default(),
+            deaf: false,
             datagram_loss: rng.pick(&[0.0, 1.0, 10.0]),
             short: false,
             planted: None,
@@ -390,8 +397,13 @@ impl Scenario {
             .retain(|(fault, _)| !matches!(fault, Fault::Switchover | Fault::Restart));
         scenario.faults.push((Fault::CrashProcess, 2));
         scenario.faults.push((Fault::MoveService, 3));
+        let paths = PathPlan::of_seed(seed);
+        if paths.has_more() {
+            scenario.faults.push((Fault::CutPath, 8));
+        }
         Self {
             managed: true,
+            paths,
             witness: scenario.data_nodes == 2 || scenario.witness,
             ..scenario
         }

@@ -12,7 +12,7 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// Records one after the other, each until it is committed.
 pub(super) async fn run(control: Arc<RaftControl>, mut records: mpsc::Receiver<FenceRecord>) {
     while let Some(record) = records.recv().await {
-        let command = Command::Fence(FenceCommand::Record(record));
+        let command = Command::from(FenceCommand::Record(record));
         loop {
             match control.propose(command.clone()).await {
                 Ok(_) => break,

@@ -49,8 +49,7 @@ impl Cluster {
         let state = self.state();
         let (mut device, unchecked) = device(&state, request, &what)?;
         // What makes no sense to the control log is told before any agent runs.
-        let command =
-            |device: &FenceDevice| Command::Fence(FenceCommand::AddDevice(device.clone()));
+        let command = |device: &FenceDevice| Command::from(FenceCommand::AddDevice(device.clone()));
         let mut tried = ClusterState::clone(&state);
         if let Err(rejection) = tried.apply(&command(&device)) {
             return Err(super::rejected(&what, &rejection));
@@ -96,7 +95,7 @@ impl Cluster {
 
     pub(crate) async fn remove_fence_device(&self, name: &str) -> Result<Done, ApiError> {
         let what = format!("fence device `{name}` was not removed");
-        let command = Command::Fence(FenceCommand::RemoveDevice {
+        let command = Command::from(FenceCommand::RemoveDevice {
             name: name.to_owned(),
         });
         self.change(&what, command).await?;

@@ -243,7 +243,7 @@ pub enum Command {
         name: String,
     },
     /// Fence devices, and what was done with them.
-    Fence(FenceCommand),
+    Fence(Box<FenceCommand>),
 }
 
 /// A change of a volume's configuration.

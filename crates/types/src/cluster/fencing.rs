@@ -8,6 +8,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::Command;
 use crate::{LeaseGeneration, NodeId};
 
 /// The most devices of a cluster: each of seven nodes with two power supplies, its BMC and a person, and room.
@@ -203,6 +204,12 @@ pub enum FenceCommand {
     },
     /// What came of an attempt; replaces what was recorded of the same one.
     Record(FenceRecord),
+}
+
+impl From<FenceCommand> for Command {
+    fn from(command: FenceCommand) -> Self {
+        Self::Fence(Box::new(command))
+    }
 }
 
 impl fmt::Debug for FenceValue {

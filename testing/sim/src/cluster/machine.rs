@@ -47,6 +47,8 @@ pub(super) struct Machine {
     pub(super) paused_until: Option<Time>,
     /// The newest state of the log it learned, with its number. Durable.
     pub(super) known: (usize, Arc<ClusterState>),
+    /// Since when its process runs without having been stopped. Layer 2.
+    pub(super) awake_since: Time,
     /// Its clock is ahead of virtual time by this.
     pub(super) clock_offset: Duration,
     /// When it last lost power without having been resynced since.
@@ -123,6 +125,7 @@ impl Machine {
             cold,
             process: None,
             paused_until: None,
+            awake_since: Time::ZERO,
             known: (0, known),
             clock_offset,
             lost_power: None,

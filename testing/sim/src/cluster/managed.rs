@@ -19,6 +19,7 @@ use crate::{
     check::{Verdict, Violation},
     control::VOLUME,
     net::{Index, Plane},
+    paths::LAN,
 };
 
 /// Datagrams of a stopped process that its socket keeps; the rest is dropped.
@@ -74,6 +75,7 @@ impl Cluster {
         if !self.scenario.managed {
             return Ok(());
         }
+        self.machines[node].awake_since = self.queue.now();
         let now = self.queue.now() + self.machines[node].clock_offset;
         let config = NodeConfig {
             me: node_id(node),
@@ -197,6 +199,7 @@ impl Cluster {
 
     /// A stopped manager goes on: what waited arrives now, its timers first.
     pub(super) fn resume_manager(&mut self, node: Index) -> Verdict {
+        self.machines[node].awake_since = self.queue.now();
         let incarnation = self.machines[node].incarnation();
         let Some(manager) = self.machines[node]
             .process
@@ -229,11 +232,9 @@ impl Cluster {
                 heartbeat,
             } => {
                 let to = index_of(to);
-                // Datagrams: lost where the network is cut, now and then elsewhere, in no order.
-                if self.net.is_open(Plane::Control, node, to)
-                    && !self.chance.net.chance(self.scenario.datagram_loss)
+                if let Some(delay) = self.heartbeat_delay(node, to, &path)
+                    && !(self.scenario.deaf && path != LAN)
                 {
-                    let delay = self.message_delay();
                     self.tell_after(to, delay, Input::Heartbeat { path, heartbeat });
                 }
                 Ok(())
@@ -242,6 +243,7 @@ impl Cluster {
                 node: condemned,
                 generation,
             } => {
+                self.check_condemnation(node, index_of(condemned))?;
                 self.machines[node]
                     .kept
                     .condemned

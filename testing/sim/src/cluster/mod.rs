@@ -12,6 +12,7 @@ mod load;
 mod machine;
 mod managed;
 mod operator;
+mod paths;
 mod replicas;
 mod rot;
 mod second;
@@ -40,6 +41,7 @@ use crate::{
     disk::Disk,
     lease::{Leases, Reach},
     net::{Arrival, ConnId, Head, Index, Network, Plane},
+    paths::PathNet,
     queue::Queue,
     rng::Rng,
     scenario::Scenario,
@@ -130,6 +132,8 @@ enum Event {
     Resume(Index),
     /// Directions of the network heal.
     Heal(Vec<(Plane, Index, Index)>),
+    /// Directions of a path carry heartbeats again.
+    MendPath(Vec<(&'static str, Index, Index)>),
     /// An operator gives an order to an engine.
     Order {
         node: Index,
@@ -187,6 +191,7 @@ pub struct Cluster {
     effects: Vec<relevo_replication::Effect>,
     chance: Chance,
     net: Network,
+    paths: PathNet,
     control: Control,
     leases: Leases,
     machines: Vec<Machine>,
@@ -292,7 +297,8 @@ impl Cluster {
         .map_err(|rejection| setup(rejection.to_string()))?;
         let control = if scenario.managed {
             control
-                .with_service()
+                .with_paths(&scenario.paths)
+                .and_then(Control::with_service)
                 .map_err(|rejection| setup(rejection.to_string()))?
         } else {
             control
@@ -330,6 +336,7 @@ impl Cluster {
                 trouble: Rng::new(seed, 5),
             },
             net: Network::new(scenario.nodes()),
+            paths: PathNet::new(seed, scenario.paths.clone()),
             control,
             leases: Leases::new(scenario.nodes(), scenario.sensitivity.timing()),
             machines,
@@ -565,6 +572,13 @@ impl Cluster {
                 // The operator gives up when it takes too long.
                 if self.phase == Phase::Trouble {
                     self.move_service(node);
+                }
+                Ok(())
+            }
+            Event::MendPath(ways) => {
+                // Not while a node is cut off on purpose.
+                if self.severed.is_empty() {
+                    self.paths.mend(&ways);
                 }
                 Ok(())
             }

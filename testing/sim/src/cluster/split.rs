@@ -305,6 +305,7 @@ impl Cluster {
     }
 
     fn sever_control(&mut self, node: Index) {
+        self.paths.sever(node, self.scenario.nodes());
         for other in (0..self.scenario.nodes()).filter(|other| *other != node) {
             self.net.set_open(Plane::Control, node, other, false);
             self.net.set_open(Plane::Control, other, node, false);

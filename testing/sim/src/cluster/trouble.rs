@@ -98,6 +98,7 @@ impl Cluster {
             Fault::Replicas => self.remove_replica(data),
             Fault::Orders => return self.give_orders(data),
             Fault::MoveService => self.move_service(data),
+            Fault::CutPath => self.cut_path(),
         }
         Ok(())
     }

@@ -69,6 +69,7 @@ impl Cluster {
                 }
             }
         }
+        self.paths.mend_all();
         self.look_at_all_queues();
     }
 

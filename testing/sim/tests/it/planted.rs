@@ -185,3 +185,19 @@ fn overwriting_before_it_was_saved_is_caught() {
 fn one_that_only_tends_and_takes_requests_is_caught() {
     caught(PlantedBug::TenderTakesRequests);
 }
+
+/// Managers that take no heartbeat from any path but the first, while the others hold.
+#[test]
+fn a_path_whose_loss_moves_something_is_caught() {
+    let scenario = |seed| Scenario {
+        deaf: true,
+        faults: vec![(Fault::CutPath, 1)],
+        ..Scenario::managed(seed)
+    };
+    let totals = batch::run_many(0..SEEDS, batch::threads(), scenario);
+    let failure = totals.failures.first().expect("it is caught");
+    assert!(
+        failure.what.contains("the loss of a path moves nothing"),
+        "{failure}"
+    );
+}

@@ -1,6 +1,6 @@
 //! Ten thousand seeds, after those that ever failed.
 
-use sim::{batch, scenario::Scenario};
+use sim::{batch, coverage, scenario::Scenario};
 
 /// Seeds run by default; `RELEVO_SIM_SEEDS` gives another number.
 const SEEDS: u64 = 10_000;
@@ -78,6 +78,7 @@ fn real_managers_keep_every_promise() {
     if seeds >= MANAGED_FOR_COVERAGE {
         let missing: Vec<&str> = MANAGED_MARKS
             .iter()
+            .chain(coverage::MANAGED)
             .copied()
             .filter(|mark| totals.marks.count(mark) == 0)
             .collect();

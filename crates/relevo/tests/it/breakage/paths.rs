@@ -163,11 +163,18 @@ fn networks_come_and_go_and_nobody_notices() {
             sleep(DEAD);
             stage.expect_progress();
             assert_eq!(epoch(stage), before, "nobody left");
-            // The link is on it.
+            // The link is on it. While it is made anew, on this one first, its path goes.
             stage.cables.set_one(&victim, "repl", false);
             eventually(BOUND, "the link is lost with it", || epoch(stage) > before);
+            remove(stage, &victim, "repl");
             stage.expect_whole();
+            stage.expect_progress();
             stage.cables.set_one(&victim, "repl", true);
+            stage.say(
+                &primary,
+                &["node", "path", "add", &victim, "repl", &address],
+            );
+            expect_up(stage, &primary, &victim, &["repl"]);
             expect_nothing_moved(stage, &primary, &primary);
 
             // What would cut them apart is refused.

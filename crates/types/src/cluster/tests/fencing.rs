@@ -33,7 +33,7 @@ fn device(name: &str, targets: &[(NodeId, u8)]) -> FenceDevice {
 }
 
 fn add(state: &mut ClusterState, device: FenceDevice) -> Result<Outcome, Rejection> {
-    state.apply(&Command::Fence(FenceCommand::AddDevice(device)))
+    state.apply(&Command::from(FenceCommand::AddDevice(device)))
 }
 
 fn refused(change: impl FnOnce(&mut FenceDevice)) -> String {
@@ -55,7 +55,7 @@ fn a_device_is_added_and_removed() {
     let twice = add(&mut state, device("bmc", &[(A, 1)])).unwrap_err();
     assert!(twice.to_string().contains("exists already"), "{twice}");
     let remove = |name: &str| {
-        Command::Fence(FenceCommand::RemoveDevice {
+        Command::from(FenceCommand::RemoveDevice {
             name: name.to_owned(),
         })
     };
@@ -157,7 +157,7 @@ fn levels_have_no_gap_and_a_person_decides_alone() {
     add(&mut state, person(3)).unwrap();
     let mut remove = |name: &str| {
         state
-            .apply(&Command::Fence(FenceCommand::RemoveDevice {
+            .apply(&Command::from(FenceCommand::RemoveDevice {
                 name: name.to_owned(),
             }))
             .map_err(|e| e.to_string())
@@ -209,7 +209,7 @@ fn the_history_is_bounded_and_an_attempt_is_in_it_once() {
     };
     let mut add = |it: FenceRecord| {
         state
-            .apply(&Command::Fence(FenceCommand::Record(it)))
+            .apply(&Command::from(FenceCommand::Record(it)))
             .unwrap();
         state.fencing.history.clone()
     };
