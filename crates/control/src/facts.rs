@@ -15,6 +15,7 @@ use crate::journal::{Record, RecordFile};
 
 const MEMBER_NAME: &str = "member";
 const CONDEMNED_NAME: &str = "condemned";
+const VOTERS_NAME: &str = "voters";
 
 /// Who this node is. Written once, when it becomes a member.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -103,6 +104,49 @@ impl Facts {
     }
 }
 
+/// Which change of who votes this node knows, also when the log is applied only in part after a restart.
+#[derive(Debug)]
+pub struct VotersKnown {
+    path: PathBuf,
+    known: u64,
+}
+
+impl VotersKnown {
+    /// Opens it in a state directory.
+    ///
+    /// # Errors
+    /// The file can't be read or is damaged.
+    pub fn open(directory: &Path) -> io::Result<Self> {
+        let path = directory.join(VOTERS_NAME);
+        let known = match fs::read(&path) {
+            Ok(bytes) => open_sealed(&bytes).map_err(|reason| {
+                io::Error::other(format!("{} is damaged: {reason}", path.display()))
+            })?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+        Ok(Self { path, known })
+    }
+
+    /// The newest one.
+    #[must_use]
+    pub const fn known(&self) -> u64 {
+        self.known
+    }
+
+    /// Writes one down, durably, unless a newer one is.
+    ///
+    /// # Errors
+    /// It can't be written: then nothing that depends on it may be told to anybody.
+    pub fn raise(&mut self, known: u64) -> io::Result<()> {
+        if known > self.known {
+            write_durably(&self.path, &seal(&known))?;
+            self.known = known;
+        }
+        Ok(())
+    }
+}
+
 /// A value with its checksum in front.
 pub(crate) fn seal<T: Serialize>(value: &T) -> Vec<u8> {
     let body = postcard::to_stdvec(value).expect("plain data encodes into memory");
@@ -154,6 +198,19 @@ mod tests {
         let facts = Facts::open(directory.path()).unwrap();
         assert_eq!(facts.member().unwrap(), Some(member));
         assert_eq!(facts.condemned(), [(NodeId(1), LeaseGeneration(4))]);
+    }
+
+    #[test]
+    fn what_is_known_of_the_voters_outlives_the_process() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut voters = VotersKnown::open(directory.path()).unwrap();
+        assert_eq!(voters.known(), 0);
+        voters.raise(3).unwrap();
+        voters.raise(2).unwrap();
+        assert_eq!(VotersKnown::open(directory.path()).unwrap().known(), 3);
+        fs::write(directory.path().join(VOTERS_NAME), [1, 2, 3]).unwrap();
+        let damaged = VotersKnown::open(directory.path()).unwrap_err();
+        assert!(damaged.to_string().contains("damaged"));
     }
 
     #[test]

@@ -51,11 +51,26 @@ pub const ROUNDS_MAX: u32 = 2;
 const HEARTBEAT_BYTES: usize = 58;
 const PEER_ECHO_BYTES: usize = 20;
 
+/// Which change of who votes a node knows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Voters {
+    /// The one that the members are of.
+    pub known: u64,
+    /// The newest one that this node ever knew, durably, also before a restart: at least `known`. It is told
+    /// in heartbeats.
+    pub told: u64,
+}
+
 /// What happens to the machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Input {
     /// The members by the control log, this node among them.
-    Members(BTreeMap<NodeId, MemberConfig>),
+    Members {
+        /// Who they are.
+        members: BTreeMap<NodeId, MemberConfig>,
+        /// The number of the voters among them ([`Voters`]).
+        voters: Voters,
+    },
     /// A heartbeat arrived, authenticated.
     Heartbeat {
         /// Name of the path.
@@ -135,6 +150,8 @@ pub enum Effect {
         /// Heartbeats missed lately, in percent.
         loss_percent: u8,
     },
+    /// A majority of the voters has known this change of who votes for the dead time: the next one may follow.
+    VotersSettled(u64),
     /// This process did not run for a while; it distrusted its own view.
     Paused {
         /// How long.
@@ -155,6 +172,8 @@ pub struct Heartbeat {
     pub round: u64,
     /// The generation under which the sender asks for the lease.
     pub generation: LeaseGeneration,
+    /// The newest change of who votes that the sender knows: who knows less may not count its grant.
+    pub voters: u64,
     /// What the sender says of the others. The same on all paths and to all members.
     pub peers: Vec<PeerEcho>,
     /// The receiver's newest round that the sender got on this path. `None` before the first.

@@ -45,6 +45,6 @@ mod tests;
 
 pub use io::{
     Effect, Heartbeat, Input, Liveness, MemberConfig, PathConfig, PathEcho, PathStatus,
-    PathTrouble, PeerEcho, ROUNDS_MAX, rounds_per_heartbeat,
+    PathTrouble, PeerEcho, ROUNDS_MAX, Voters, rounds_per_heartbeat,
 };
 pub use machine::{Membership, PeerStatus, Status};

@@ -6,7 +6,7 @@ use relevo_types::{Instance, LeaseGeneration, NodeId, Time, Timing};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Effect, Heartbeat, Input, Liveness, MemberConfig, PathEcho, PathStatus, PeerEcho,
+    Effect, Heartbeat, Input, Liveness, MemberConfig, PathEcho, PathStatus, PeerEcho, Voters,
     lease::OwnLease, path::Path, peer::Peer,
 };
 
@@ -23,6 +23,11 @@ pub struct Membership {
     /// The highest generation of each node that is condemned on stable storage.
     condemned: BTreeMap<NodeId, LeaseGeneration>,
     lease: OwnLease,
+    /// Which change of who votes is known here, and since when it was told.
+    voters: Voters,
+    voters_told_since: Time,
+    /// What [`Effect::VotersSettled`] told last.
+    settled: u64,
     /// When the next round of heartbeats is due.
     next_round: Time,
     /// What [`Effect::Condemned`] told last.
@@ -82,6 +87,9 @@ impl Membership {
             peers: BTreeMap::new(),
             condemned: BTreeMap::new(),
             lease: OwnLease::new(),
+            voters: Voters::default(),
+            voters_told_since: now,
+            settled: 0,
             next_round: now,
             told_condemned: BTreeMap::new(),
             told_heard_by: BTreeMap::new(),
@@ -96,7 +104,7 @@ impl Membership {
     pub fn handle(&mut self, now: Time, input: Input, out: &mut Vec<Effect>) {
         self.detect_pause(now, out);
         match input {
-            Input::Members(members) => self.members(now, members, out),
+            Input::Members { members, voters } => self.members(now, members, voters, out),
             Input::Heartbeat { path, heartbeat } => self.heartbeat(now, &path, &heartbeat, out),
             Input::Persisted { node, generation } => {
                 self.note_condemned(node, generation);
@@ -106,6 +114,7 @@ impl Membership {
             Input::Tick => {}
         }
         self.judge(now, out);
+        self.settle_voters(now, out);
         if now >= self.next_round {
             self.send_round(now, out);
         }
@@ -211,8 +220,13 @@ impl Membership {
         &mut self,
         now: Time,
         mut members: BTreeMap<NodeId, MemberConfig>,
+        voters: Voters,
         out: &mut Vec<Effect>,
     ) {
+        if voters.told != self.voters.told {
+            self.voters_told_since = now;
+        }
+        self.voters = voters;
         let own = members.remove(&self.me);
         self.peers.retain(|id, _| members.contains_key(id));
         self.lease
@@ -275,8 +289,11 @@ impl Membership {
             .iter()
             .find(|echo| echo.node == self.me && echo.instance == self.instance)
             .map(|echo| echo.granted_round);
+        peer.knows_voters(now, heartbeat.voters);
+        // Who knows of voters that this node does not know may grant together with them to another node.
         if let Some(round) = granted
             && peer.config.voter
+            && heartbeat.voters <= self.voters.known
         {
             self.lease.note_grant(from, round);
             self.recount(out);
@@ -423,6 +440,7 @@ impl Membership {
                         instance: self.instance,
                         round,
                         generation,
+                        voters: self.voters.told,
                         peers: says.clone(),
                         echo,
                     },
@@ -468,6 +486,28 @@ impl Membership {
         }
         by.sort_unstable();
         by
+    }
+
+    /// Whether a majority of the voters has known for the dead time who they are: by then no lease is left that
+    /// was counted among the voters before.
+    fn settle_voters(&mut self, now: Time, out: &mut Vec<Effect>) {
+        let wanted = self.voters.known;
+        if self.own.is_none() || self.settled >= wanted {
+            return;
+        }
+        let settled =
+            |told: u64, since: Time| told >= wanted && now.since(since) >= self.timing.dead;
+        let voters = self.peers.values().filter(|peer| peer.config.voter);
+        let others = voters.clone().filter(|peer| {
+            peer.voters
+                .is_some_and(|(told, since)| settled(told, since))
+        });
+        let mine = self.votes() && settled(self.voters.told, self.voters_told_since);
+        let majority = (voters.count() + usize::from(self.votes())) / 2 + 1;
+        if others.count() + usize::from(mine) >= majority {
+            self.settled = wanted;
+            out.push(Effect::VotersSettled(wanted));
+        }
     }
 
     fn tell_changes(&mut self, out: &mut Vec<Effect>) {

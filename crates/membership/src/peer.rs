@@ -27,6 +27,8 @@ pub(crate) struct Peer {
     /// process, end of a pause, a new generation.
     base: Time,
     pub(crate) granted_round: u64,
+    /// The newest change of who votes that it told, and since when no older one.
+    pub(crate) voters: Option<(u64, Time)>,
     /// What it says of the others.
     pub(crate) says: BTreeMap<NodeId, PeerEcho>,
     pub(crate) liveness: Liveness,
@@ -49,6 +51,7 @@ impl Peer {
             hears_us: false,
             base: now,
             granted_round: 0,
+            voters: None,
             says: BTreeMap::new(),
             liveness: Liveness::Unknown,
             since: now,
@@ -88,6 +91,13 @@ impl Peer {
     /// Silence from before this moment is no evidence.
     pub(crate) fn restart_silence(&mut self, now: Time) {
         self.base = self.base.max(now);
+    }
+
+    /// It knows this change of who votes.
+    pub(crate) fn knows_voters(&mut self, now: Time, told: u64) {
+        if self.voters.is_none_or(|(known, _)| known != told) {
+            self.voters = Some((told, now));
+        }
     }
 
     /// Since when it is silent.

@@ -6,7 +6,7 @@ use relevo_types::{Instance, LeaseGeneration, NodeId, Sensitivity, Time};
 
 use crate::{
     Effect, Heartbeat, Input, Liveness, MemberConfig, Membership, PathConfig, PathEcho,
-    PathTrouble, PeerEcho, rounds_per_heartbeat,
+    PathTrouble, PeerEcho, Voters, rounds_per_heartbeat,
 };
 
 const A: NodeId = NodeId(1);
@@ -35,7 +35,7 @@ impl Bench {
             out: Vec::new(),
             round: 0,
         };
-        bench.input(0, Input::Members(members(&[(A, G1), (B, G1), (W, G1)])));
+        bench.input(0, the(members(&[(A, G1), (B, G1), (W, G1)])));
         bench
     }
 
@@ -74,6 +74,11 @@ impl Bench {
     }
 }
 
+fn the(members: std::collections::BTreeMap<NodeId, MemberConfig>) -> Input {
+    let voters = Voters { known: 1, told: 1 };
+    Input::Members { members, voters }
+}
+
 fn members(list: &[(NodeId, LeaseGeneration)]) -> std::collections::BTreeMap<NodeId, MemberConfig> {
     let config = |generation| MemberConfig {
         paths: ["lan", "repl"]
@@ -108,6 +113,7 @@ fn heartbeat(from: NodeId, round: u64, echo: PeerEcho) -> Heartbeat {
         instance: Instance(u64::from(from.0) * 100),
         round,
         generation: G1,
+        voters: 1,
         peers: vec![echo],
         echo: None,
     }
@@ -208,7 +214,7 @@ fn a_condemnation_is_said_only_when_durable_and_then_at_once() {
     bench.hear(1300, B);
     assert_eq!(word_about(&bench.run(1360), B).unwrap().granted_round, 1);
     // Readmitted, it gets grants again.
-    bench.input(1400, Input::Members(members(&[(A, G1), (B, G2), (W, G1)])));
+    bench.input(1400, the(members(&[(A, G1), (B, G2), (W, G1)])));
     bench.round += 1;
     let mut again = heartbeat(B, bench.round, echo_of_a(0, LeaseGeneration(0)));
     again.generation = G2;
@@ -350,7 +356,7 @@ fn the_lease_follows_the_majority() {
     // Evicted, it has none from then on.
     let mut evicted = members(&[(A, G1), (B, G1), (W, G1)]);
     evicted.get_mut(&A).unwrap().evicted = true;
-    let effects = bench.input(300, Input::Members(evicted));
+    let effects = bench.input(300, the(evicted));
     assert!(effects.contains(&Effect::LeaseUntil(ms(300))));
     let granted = heartbeat(W, 2, echo_of_a(4, LeaseGeneration(0)));
     bench.hear_this(310, "lan", granted);
@@ -362,16 +368,21 @@ fn alone_it_holds_its_lease_while_it_runs() {
     let timing = Sensitivity::Normal.timing();
     let mut machine = Membership::new(A, MINE, timing, vec![], Time::ZERO);
     let mut out = Vec::new();
-    machine.handle(ms(0), Input::Members(members(&[(A, G1)])), &mut out);
+    machine.handle(ms(0), the(members(&[(A, G1)])), &mut out);
     assert_eq!(out, [Effect::LeaseUntil(ms(900))]);
     machine.handle(ms(100), Input::Tick, &mut out);
     assert_eq!(machine.lease_until(), ms(1000));
     out.clear();
     machine.handle(ms(5000), Input::Tick, &mut out);
     let pause = Duration::from_millis(4800);
+    // Alone it is a majority, and has known for the dead time that it is.
     assert_eq!(
         out,
-        [Effect::Paused { pause }, Effect::LeaseUntil(ms(5900))]
+        [
+            Effect::Paused { pause },
+            Effect::VotersSettled(1),
+            Effect::LeaseUntil(ms(5900))
+        ]
     );
 }
 
@@ -408,7 +419,7 @@ fn a_majority_of_condemnations_is_counted_from_members_only() {
     // A stranger's word, and what is said of an older generation, count for nothing.
     word.from = NodeId(9);
     assert!(bench.hear_this(20, "lan", word).is_empty());
-    let effects = bench.input(30, Input::Members(members(&[(A, G1), (B, G2), (W, G1)])));
+    let effects = bench.input(30, the(members(&[(A, G1), (B, G2), (W, G1)])));
     assert!(effects.contains(&Effect::Condemned {
         node: B,
         generation: G2,
@@ -423,7 +434,7 @@ fn a_majority_of_condemnations_is_counted_from_members_only() {
         held_us: 0,
     });
     bench.hear_this(40, "lan", restarted);
-    let effects = bench.input(50, Input::Members(members(&[(A, G1), (B, G1), (W, G1)])));
+    let effects = bench.input(50, the(members(&[(A, G1), (B, G1), (W, G1)])));
     assert!(effects.contains(&Effect::Condemned {
         node: B,
         generation: G1,
@@ -454,7 +465,7 @@ fn only_voters_count() {
     let mut bench = Bench::new(vec![]);
     let mut config = members(&[(A, G1), (B, G1), (W, G1)]);
     config.get_mut(&B).unwrap().voter = false;
-    bench.input(10, Input::Members(config));
+    bench.input(10, the(config));
     bench.run(200);
     let granted = heartbeat(B, 1, echo_of_a(1, LeaseGeneration(0)));
     let effects = bench.hear_this(210, "lan", granted);
@@ -514,7 +525,7 @@ fn a_slow_line_gets_a_heartbeat_when_it_has_room() {
     let mut bench = Bench::new(vec![]);
     let mut config = members(&[(A, G1), (B, G1), (W, G1)]);
     config.get_mut(&B).unwrap().paths[1].every = 2;
-    bench.input(10, Input::Members(config));
+    bench.input(10, the(config));
     let mut sent = std::collections::BTreeMap::<String, Vec<u64>>::new();
     for effect in bench.run(1000) {
         if let Effect::Send {
@@ -530,4 +541,54 @@ fn a_slow_line_gets_a_heartbeat_when_it_has_room() {
     assert!(sent["repl"].len() >= 4);
     assert_eq!(sent["repl"].len(), even(&sent["lan"]));
     assert_eq!(sent["repl"].len(), even(&sent["repl"]));
+}
+
+/// Its peers know of a change of who votes that it does not know: what they grant may come with a grant of voters it
+/// does not know, so it counts no more.
+#[test]
+fn grants_of_who_knows_other_voters_are_not_counted() {
+    let mut bench = Bench::new(vec![]);
+    bench.run(100);
+    let granted = |round, mine, voters| Heartbeat {
+        voters,
+        ..heartbeat(B, round, echo_of_a(mine, LeaseGeneration(0)))
+    };
+    bench.hear_this(110, "lan", granted(1, 1, 1));
+    assert_eq!(
+        bench.machine.lease_until(),
+        ms(900),
+        "from its round at 0 ms"
+    );
+    bench.run(200);
+    bench.hear_this(210, "lan", granted(2, 3, 2));
+    assert_eq!(bench.machine.lease_until(), ms(900));
+    // It is told.
+    let voters = Voters { known: 2, told: 2 };
+    let members = members(&[(A, G1), (B, G1), (W, G1)]);
+    bench.input(220, Input::Members { members, voters });
+    bench.hear_this(230, "lan", granted(3, 3, 2));
+    assert_eq!(bench.machine.lease_until(), ms(1100));
+}
+
+#[test]
+fn a_change_of_who_votes_is_settled_once_a_majority_has_known_it_for_the_dead_time() {
+    let mut bench = Bench::new(vec![]);
+    let told = |effects: &[Effect]| effects.contains(&Effect::VotersSettled(2));
+    let voters = Voters { known: 2, told: 2 };
+    let members = members(&[(A, G1), (B, G1), (W, G1)]);
+    bench.input(1000, Input::Members { members, voters });
+    for at in (1000..3000).step_by(100) {
+        assert!(!told(&bench.hear(at, B)), "nobody else knows it");
+        assert!(!told(&bench.run(at + 50)));
+    }
+    let knows = |round| Heartbeat {
+        voters: 2,
+        ..heartbeat(B, round, echo_of_a(0, LeaseGeneration(0)))
+    };
+    for (round, at) in (1000..).zip((3000..4000).step_by(100)) {
+        assert!(!told(&bench.hear_this(at, "lan", knows(round))));
+        assert!(!told(&bench.run(at + 50)));
+    }
+    assert!(told(&bench.hear_this(4000, "lan", knows(2000))));
+    assert!(!told(&bench.hear_this(4010, "lan", knows(2001))), "once");
 }

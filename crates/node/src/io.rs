@@ -28,6 +28,9 @@ pub struct NodeConfig {
     /// The volumes of which a replica exists here. Those that the cluster removed while this
     /// process did not run get [`VolumeOrder::RemoveReplica`].
     pub local_replicas: BTreeSet<VolumeId>,
+    /// The newest [`ClusterState::voters_version`] that this node was ever given, durably: before each
+    /// [`Input::State`] it is written down.
+    pub voters_told: u64,
     /// Memory of this machine in MiB, for services that need much; `None`: unknown.
     pub memory_mib: Option<u64>,
 }
@@ -112,6 +115,8 @@ pub enum Effect {
         /// The heartbeat.
         heartbeat: Heartbeat,
     },
+    /// A majority has known this change of who votes for long enough: the next one may follow.
+    VotersSettled(u64),
     /// Write down durably that this node never grants this generation again; answer at once with
     /// [`Input::CondemnedPersisted`]: a takeover waits for it.
     PersistCondemned {

@@ -159,10 +159,9 @@ impl Node {
         {
             return;
         }
-        let changed = self
-            .state
-            .as_ref()
-            .is_none_or(|known| known.nodes != state.nodes);
+        let changed = self.state.as_ref().is_none_or(|known| {
+            known.nodes != state.nodes || known.voters_version != state.voters_version
+        });
         self.reports
             .retain_members(|node| state.nodes.contains_key(&node));
         self.state = Some(Arc::clone(&state));
@@ -186,7 +185,13 @@ impl Node {
         {
             own.evicted = true;
         }
-        self.member_input(now, membership::Input::Members(members), out);
+        let known = state.voters_version;
+        let voters = membership::Voters {
+            known,
+            told: known.max(self.config.voters_told),
+        };
+        let input = membership::Input::Members { members, voters };
+        self.member_input(now, input, out);
     }
 
     /// Whether parts are active here of a service that this node does not hold any more.
@@ -318,6 +323,7 @@ impl Node {
             membership::Effect::PersistCondemned { node, generation } => {
                 out.push(Effect::PersistCondemned { node, generation });
             }
+            membership::Effect::VotersSettled(voters) => out.push(Effect::VotersSettled(voters)),
             membership::Effect::LeaseUntil(until) => {
                 out.push(Effect::LeaseUntil(until));
                 if until > now {

@@ -17,7 +17,9 @@ use std::{
 
 use anyhow::Context as _;
 use relevo_agents::{AddressKeeper, FAILURE_QUEUE, PartContext, PartRunner};
-use relevo_control::{ControlLog as _, ProposeError, RaftControl, RaftControlConfig};
+use relevo_control::{
+    ControlLog as _, ProposeError, RaftControl, RaftControlConfig, facts::VotersKnown,
+};
 use relevo_node::{Input, NodeConfig};
 use relevo_planner::{Fitness, Forecast, Supposed};
 use relevo_replication::io::promotion;
@@ -106,6 +108,7 @@ impl Cluster {
         let spec = &files.node.spec;
         let data_node = spec.kind == NodeKind::Data;
         let facts = places.facts().context("read what this node promised")?;
+        let voters = places.voters().context("read who votes")?;
         private_dir(&places.nbd_dir())?;
 
         let (inbox, inputs) = node_loop::inbox(HeartbeatSockets::new(Vec::new())?);
@@ -113,10 +116,12 @@ impl Cluster {
             Arc::clone(&files.identity),
             RpcConfig::for_timing(&timing),
         )?);
+        let (settled, settled_by_majority) = watch::channel(0);
         let control_config = RaftControlConfig {
             directory: places.control_dir(),
             me,
             timing,
+            settled: settled_by_majority,
         };
         let peers = Arc::new(ControlPeers::new(Arc::clone(&rpc), &timing));
         let control = RaftControl::open(control_config, peers)
@@ -212,6 +217,7 @@ impl Cluster {
             timing,
             condemned: facts.condemned().to_vec(),
             local_replicas: replicas.keys().copied().collect(),
+            voters_told: voters.known(),
             memory_mib: relevo_host::memory_mib(),
         };
         let (hands, shutdown_done) = DaemonHands::new(HandsContext {
@@ -225,12 +231,14 @@ impl Cluster {
             events: Arc::clone(&events),
             timing,
             runtime: runtime.clone(),
+            settled,
         })?;
         let node_thread = node_loop::start(inputs, config, hands)?;
         tasks.spawn(feed_states(
             control.state(),
             inbox.clone(),
             Arc::clone(&rpc),
+            voters,
         ));
         tasks.spawn(paths.clone().follow(control.state()));
         tasks.spawn(feed_leaders(control.leader(), inbox.clone()));
@@ -365,9 +373,11 @@ impl Cluster {
     /// Takes this node out of the control log.
     pub(crate) async fn leave(&self, what: &str) -> Result<(), ApiError> {
         self.check_leave(self.me, what)?;
-        self.propose(Command::RemoveNode { node: self.me })
-            .await
-            .map_err(|e| e.explain(what))?;
+        let remove = Command::RemoveNode {
+            node: self.me,
+            expect: self.state().voters_version,
+        };
+        self.propose(remove).await.map_err(|e| e.explain(what))?;
         // A leader takes itself out of the group last; without it the others would have to
         // find out by its silence.
         let mut leader = self.control.leader();
@@ -532,14 +542,25 @@ impl Cluster {
 /// Addresses in a token: every path of the data nodes of a usual cluster.
 const TOKEN_ADDRESSES: usize = 8;
 
+/// After a failure to write down who votes it is tried again after this long.
+const VOTERS_AGAIN: Duration = Duration::from_secs(1);
+
 async fn feed_states(
     mut states: watch::Receiver<Arc<ClusterState>>,
     inbox: NodeInbox,
     rpc: Arc<RpcClient>,
+    mut voters: VotersKnown,
 ) {
     loop {
         let state = states.borrow_and_update().clone();
         if !state.nodes.is_empty() {
+            // A few bytes, at a change of who votes only.
+            if let Err(error) = voters.raise(state.voters_version) {
+                // Told without being durable it might be denied after a restart.
+                tracing::error!(%error, "who votes can't be written down; this node goes on with what it knew");
+                tokio::time::sleep(VOTERS_AGAIN).await;
+                continue;
+            }
             rpc.set_peers(&control_addresses(&state));
             inbox.tell(Input::State(state));
         }

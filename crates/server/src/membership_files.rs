@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use relevo_control::facts::{Facts, Member};
+use relevo_control::facts::{Facts, Member, VotersKnown};
 use relevo_transport::{ClusterCa, Identity};
 
 use crate::local_store::{LocalReplicas, NodeFile, StoreError, Stored};
@@ -64,6 +64,11 @@ impl Places {
 
     pub(crate) fn facts(&self) -> io::Result<Facts> {
         Facts::open(&self.state_dir)
+    }
+
+    /// Which change of who votes this node knows.
+    pub(crate) fn voters(&self) -> io::Result<VotersKnown> {
+        VotersKnown::open(&self.state_dir)
     }
 
     fn identity_dir(&self) -> PathBuf {
@@ -130,7 +135,13 @@ impl Places {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             Ok(()) | Err(_) => Ok(()),
         };
-        for name in ["member", "condemned", "node.json", "replicas.json"] {
+        for name in [
+            "member",
+            "condemned",
+            "voters",
+            "node.json",
+            "replicas.json",
+        ] {
             file(name)?;
         }
         directory(self.identity_dir())?;

@@ -424,6 +424,7 @@ mod tests {
             instance: Instance(77),
             round: 300,
             generation: LeaseGeneration(1),
+            voters: 1,
             peers: vec![PeerEcho {
                 node: NodeId(2),
                 instance: Instance(5),

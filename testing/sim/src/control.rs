@@ -78,8 +78,10 @@ impl Control {
                 now_unix_s: 0,
                 node: node(number, kind),
             })?;
+            let expect = state.voters_version;
             state.apply(&Command::AdmitVoter {
                 node: NodeId(number),
+                expect,
             })
         };
         for number in 2..=data_nodes {

@@ -106,6 +106,9 @@ pub struct RaftControlConfig {
     pub me: NodeId,
     /// The cluster's time-outs.
     pub timing: Timing,
+    /// The newest change of who votes that a majority has known for long enough, as this node's membership sees
+    /// it: another one is proposed only then (decision 0010).
+    pub settled: watch::Receiver<u64>,
 }
 
 /// A node's copy of the control log.
@@ -116,6 +119,7 @@ pub struct RaftControl {
     state: watch::Receiver<Arc<ClusterState>>,
     leader: watch::Receiver<Option<NodeId>>,
     elector: Arc<Elector>,
+    settled: watch::Receiver<u64>,
     background: Vec<JoinHandle<()>>,
 }
 
@@ -165,7 +169,12 @@ impl RaftControl {
         .await
         .map_err(|error| io::Error::other(error.to_string()))?;
         let (leader, follow) = follow_leader(&raft);
-        let reconcile = tokio::spawn(reconcile::run(config.me, raft.clone(), state.clone()));
+        let reconcile = tokio::spawn(reconcile::run(
+            config.me,
+            raft.clone(),
+            state.clone(),
+            config.settled.clone(),
+        ));
         let elector = Arc::new(Elector::new(
             config.me,
             config.timing,
@@ -182,6 +191,7 @@ impl RaftControl {
             state,
             leader,
             elector,
+            settled: config.settled,
             background,
         })
     }
@@ -244,6 +254,21 @@ impl RaftControl {
 
     /// Proposes as the leader, if this node is it.
     async fn propose_here(&self, proposal: Proposal) -> Forwarded {
+        if let Command::AdmitVoter { expect, .. } | Command::RemoveNode { expect, .. } =
+            &proposal.command
+        {
+            if self.raft.metrics().borrow().state != openraft::ServerState::Leader {
+                return Forwarded::NotLeader;
+            }
+            let mut settled = self.settled.clone();
+            let known = settled.wait_for(|settled| settled >= expect);
+            if !matches!(timeout(PROPOSE_BOUND, known).await, Ok(Ok(_))) {
+                return Forwarded::Failed(
+                    "a majority of the voters has not known the last change of who votes for long enough"
+                        .to_owned(),
+                );
+            }
+        }
         match self.raft.client_write(proposal).await {
             Ok(written) => written
                 .data

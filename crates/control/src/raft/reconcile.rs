@@ -26,12 +26,14 @@ pub(super) async fn run(
     me: NodeId,
     raft: Raft<TypeConfig>,
     mut state: watch::Receiver<Arc<ClusterState>>,
+    settled: watch::Receiver<u64>,
 ) {
     loop {
         let metrics = raft.metrics().borrow().clone();
         if metrics.state == ServerState::Leader {
             let current = state.borrow_and_update().clone();
-            if let Err(error) = step(me, &raft, &current).await {
+            let known_for_long = *settled.borrow();
+            if let Err(error) = step(me, &raft, &current, known_for_long).await {
                 tracing::debug!(error, "the group does not follow the nodes yet");
             }
         }
@@ -42,7 +44,12 @@ pub(super) async fn run(
 }
 
 /// Does the first thing that is due.
-async fn step(me: NodeId, raft: &Raft<TypeConfig>, state: &ClusterState) -> Result<(), String> {
+async fn step(
+    me: NodeId,
+    raft: &Raft<TypeConfig>,
+    state: &ClusterState,
+    settled: u64,
+) -> Result<(), String> {
     let metrics = raft.metrics().borrow().clone();
     let group = metrics.membership_config.membership();
     let voters: BTreeSet<NodeId> = group.voter_ids().filter_map(node_id).collect();
@@ -72,8 +79,12 @@ async fn step(me: NodeId, raft: &Raft<TypeConfig>, state: &ClusterState) -> Resu
                 raft.change_membership(add, false).await.map_err(words)?;
                 return Ok(());
             }
-        } else if !node.voter {
-            raft.client_write(Proposal::new(Command::AdmitVoter { node: node.id }))
+        } else if !node.voter && settled >= state.voters_version {
+            let admit = Command::AdmitVoter {
+                node: node.id,
+                expect: state.voters_version,
+            };
+            raft.client_write(Proposal::new(admit))
                 .await
                 .map_err(|error| error.to_string())?;
             return Ok(());

@@ -133,6 +133,7 @@ impl Group {
             directory: self.directories[&me].path().to_path_buf(),
             me,
             timing: Sensitivity::Normal.timing(),
+            settled: watch::channel(u64::MAX).1,
         };
         let way = Arc::new(Way {
             from: me,
@@ -201,7 +202,10 @@ async fn three_nodes_agree_whoever_proposes() {
     }
     let rejected = group
         .copy(2)
-        .propose(Command::RemoveNode { node: NodeId(9) })
+        .propose(Command::RemoveNode {
+            node: NodeId(9),
+            expect: 3,
+        })
         .await;
     assert_eq!(
         rejected,
@@ -299,7 +303,10 @@ async fn a_node_that_left_leaves_the_group() {
     let group = Group::of(3).await;
     group
         .copy(1)
-        .propose(Command::RemoveNode { node: NodeId(3) })
+        .propose(Command::RemoveNode {
+            node: NodeId(3),
+            expect: 3,
+        })
         .await
         .unwrap();
     let raft = group.copy(1).raft.clone();

@@ -6,7 +6,9 @@ use std::{
     collections::{BTreeMap, BTreeSet, BinaryHeap},
 };
 
-use relevo_membership::{Effect, Heartbeat, Input, Liveness, MemberConfig, Membership, PathConfig};
+use relevo_membership::{
+    Effect, Heartbeat, Input, Liveness, MemberConfig, Membership, PathConfig, Voters,
+};
 use relevo_types::{Instance, LeaseGeneration, NodeId, Time, Timing};
 
 const MS: u64 = 1_000_000;
@@ -33,14 +35,31 @@ pub(crate) enum Fault {
     Delay { up_to_ms: u64, ms: u64 },
     /// The process does not run; what arrives meanwhile waits for it.
     Pause { node: u8, ms: u64 },
+    /// A node votes from now on, or no more, as soon as another such change may follow the last one.
+    Vote { node: u8 },
+    /// A node learns of nothing that the control log decides.
+    Lag { node: u8, ms: u64 },
     /// The process dies and starts again.
     Restart { node: u8, down_ms: u64 },
+}
+
+/// A planted bug.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Broken {
+    /// The next change does not wait until the last one is settled.
+    Hasty,
+    /// Who knows less of who votes counts grants all the same.
+    Blind,
 }
 
 /// What a run is made of.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) nodes: u8,
+    /// The first ones vote at the beginning.
+    pub(crate) voters: u8,
+    /// A rule about changes of who votes that is broken on purpose.
+    pub(crate) broken: Option<Broken>,
     /// Each node's clock gains that many thousandths.
     pub(crate) drift_permille: Vec<i64>,
     pub(crate) faults: Vec<(u64, Fault)>,
@@ -94,11 +113,30 @@ struct Machine {
     condemned: BTreeSet<(NodeId, LeaseGeneration)>,
     /// Entries of the control log that were applied; durable.
     applied: usize,
+    /// It learns of nothing until then.
+    lags_until: u64,
+    /// The newest change of who votes that it was ever given; durable.
+    voters_told: u64,
+    /// The newest one that it says is settled.
+    settled: u64,
     offset: u64,
     drift_permille: i64,
 }
 
-type Standing = BTreeMap<NodeId, (LeaseGeneration, bool)>;
+/// What the control log says after an entry.
+#[derive(Clone)]
+struct Standing {
+    /// Generation, and whether it is evicted.
+    nodes: BTreeMap<NodeId, (LeaseGeneration, bool)>,
+    voters: BTreeSet<NodeId>,
+    voters_version: u64,
+}
+
+impl Standing {
+    fn majority(&self) -> usize {
+        self.voters.len() / 2 + 1
+    }
+}
 
 pub(crate) struct Cluster {
     plan: Plan,
@@ -113,6 +151,9 @@ pub(crate) struct Cluster {
     delay: (u64, u64),
     /// The control log: the standing of all nodes after each entry.
     log: Vec<Standing>,
+    /// Changes of who votes that wait.
+    votes: Vec<NodeId>,
+    pub(crate) votes_changed: usize,
     random: u64,
     pub(crate) evictions: usize,
     pub(crate) readmissions: usize,
@@ -127,9 +168,13 @@ fn id(index: usize) -> NodeId {
 impl Cluster {
     pub(crate) fn new(plan: Plan) -> Self {
         let nodes = usize::from(plan.nodes);
-        let standing: Standing = (0..nodes)
-            .map(|index| (id(index), (LeaseGeneration(1), false)))
-            .collect();
+        let standing = Standing {
+            nodes: (0..nodes)
+                .map(|index| (id(index), (LeaseGeneration(1), false)))
+                .collect(),
+            voters: (0..usize::from(plan.voters)).map(id).collect(),
+            voters_version: 1,
+        };
         let machines = (0..nodes)
             .map(|index| Machine {
                 core: None,
@@ -139,6 +184,9 @@ impl Cluster {
                 inbox: Vec::new(),
                 condemned: BTreeSet::new(),
                 applied: 1,
+                lags_until: 0,
+                voters_told: 1,
+                settled: 0,
                 offset: (index as u64 + 1) * 1_000_000 * MS,
                 drift_permille: plan.drift_permille[index],
             })
@@ -155,6 +203,8 @@ impl Cluster {
             loss: (0, 0),
             delay: (0, 0),
             log: vec![standing],
+            votes: Vec::new(),
+            votes_changed: 0,
             random: plan.seed | 1,
             evictions: 0,
             readmissions: 0,
@@ -294,10 +344,15 @@ impl Cluster {
                 }
             }
             Event::Apply { node } => {
+                let lags_until = self.machines[node].lags_until;
+                if self.now < lags_until {
+                    self.at(lags_until, Event::Apply { node });
+                    return;
+                }
                 let machine = &mut self.machines[node];
                 machine.applied = (machine.applied + 1).min(self.log.len());
                 let members = self.members(node);
-                self.input(node, Input::Members(members));
+                self.input(node, members);
             }
             Event::Fault { index } => self.fault(index),
             Event::Resume { node } => {
@@ -325,11 +380,19 @@ impl Cluster {
         let timing = self.plan.timing;
         machine.core = Some(Membership::new(id(node), instance, timing, condemned, now));
         let members = self.members(node);
-        self.input(node, Input::Members(members));
+        self.input(node, members);
     }
 
-    fn members(&self, node: usize) -> BTreeMap<NodeId, MemberConfig> {
-        let standing = &self.log[self.machines[node].applied - 1];
+    /// What a node is told of the members; which change of who votes that is it writes down first.
+    fn members(&mut self, node: usize) -> Input {
+        let machine = &mut self.machines[node];
+        let standing = &self.log[machine.applied - 1];
+        let known = standing.voters_version;
+        machine.voters_told = machine.voters_told.max(known);
+        let voters = Voters {
+            known,
+            told: machine.voters_told,
+        };
         let path = |name: &str, every| PathConfig {
             name: name.to_owned(),
             every,
@@ -343,13 +406,12 @@ impl Cluster {
                 paths,
                 generation,
                 evicted,
-                voter: true,
+                voter: standing.voters.contains(&of),
             }
         };
-        standing
-            .iter()
-            .map(|(id, s)| (*id, config(*id, *s)))
-            .collect()
+        let nodes = standing.nodes.iter();
+        let members = nodes.map(|(id, s)| (*id, config(*id, *s))).collect();
+        Input::Members { members, voters }
     }
 
     fn input(&mut self, node: usize, input: Input) {
@@ -396,6 +458,11 @@ impl Cluster {
                 let line = if path == LINE { LINE_MS * MS } else { 0 };
                 let at = self.now + 50_000 + self.draw(500_000) + slow + line;
                 let to = usize::try_from(to.0 - 1).unwrap();
+                let mut heartbeat = heartbeat;
+                if self.plan.broken == Some(Broken::Blind) {
+                    // Told on to the checker's `settled` only.
+                    heartbeat.voters = heartbeat.voters.min(self.known_by(to));
+                }
                 self.messages.push((path, heartbeat));
                 let message = self.messages.len() - 1;
                 let event = Event::Arrive {
@@ -425,6 +492,7 @@ impl Cluster {
                     },
                 );
             }
+            Effect::VotersSettled(voters) => self.machines[node].settled = voters,
             Effect::Liveness {
                 node: of, liveness, ..
             } if liveness != Liveness::Alive => {
@@ -466,23 +534,67 @@ impl Cluster {
                     self.at(until, Event::Resume { node });
                 }
             }
+            Fault::Vote { node } => self.votes.push(id(usize::from(node) % count)),
+            Fault::Lag { node, ms } => {
+                let node = usize::from(node) % count;
+                self.machines[node].lags_until = until(ms);
+            }
             Fault::Restart { node, down_ms } => {
                 let node = usize::from(node) % count;
                 let until = until(down_ms);
                 self.machines[node].core = None;
+                self.machines[node].settled = 0;
                 self.machines[node].life += 1;
                 self.at(until, Event::Start { node });
             }
         }
     }
 
+    fn known_by(&self, node: usize) -> u64 {
+        self.log[self.machines[node].applied - 1].voters_version
+    }
+
+    /// The next change of who votes is decided once some node, which may lead the log, knows the last one as
+    /// settled. At least one voter stays.
+    fn change_voters(&mut self) {
+        let last = self.log[self.log.len() - 1].clone();
+        let settled =
+            |machine: &Machine| machine.core.is_some() && machine.settled >= last.voters_version;
+        let hasty = self.plan.broken == Some(Broken::Hasty);
+        if self.votes.is_empty() || !hasty && !self.machines.iter().any(settled) {
+            return;
+        }
+        let node = self.votes.remove(0);
+        let mut next = last;
+        if !next.voters.remove(&node) {
+            next.voters.insert(node);
+        }
+        if next.voters.is_empty() {
+            return;
+        }
+        next.voters_version += 1;
+        self.votes_changed += 1;
+        self.decided(next);
+    }
+
+    /// An entry of the log, of which each node learns some time later.
+    fn decided(&mut self, next: Standing) {
+        self.log.push(next);
+        for node in 0..self.machines.len() {
+            let at = self.now + self.draw(300 * MS);
+            self.at(at, Event::Apply { node });
+        }
+    }
+
     /// The voters that hold a durable condemnation of this generation or a later one.
     fn condemners(&self, node: NodeId, generation: LeaseGeneration) -> usize {
+        let voters = &self.log[self.log.len() - 1].voters;
         self.machines
             .iter()
             .enumerate()
             .filter(|(index, machine)| {
                 id(*index) != node
+                    && voters.contains(&id(*index))
                     && machine
                         .condemned
                         .iter()
@@ -494,15 +606,19 @@ impl Cluster {
     /// Plays the planner and the control log: evicts what a majority condemned, readmits what a
     /// majority hears; each node learns of it some time later.
     fn decide(&mut self) {
-        let majority = self.machines.len() / 2 + 1;
+        self.change_voters();
         let standing = self.log[self.log.len() - 1].clone();
-        for (node, (generation, evicted)) in &standing {
+        let majority = standing.majority();
+        for (node, (generation, evicted)) in &standing.nodes {
             let condemners = self.condemners(*node, *generation);
             let hears = |machine: &&Machine| {
                 let core = machine.core.as_ref();
                 core.is_some_and(|core| core.liveness(*node) == Liveness::Alive)
             };
-            let hearers = self.machines.iter().filter(hears).count();
+            let voting = self.machines.iter().enumerate();
+            let hearers = voting
+                .filter(|(index, machine)| standing.voters.contains(&id(*index)) && hears(machine))
+                .count();
             // Readmission is of use only where someone who condemned it hears it again.
             let relents = self.machines.iter().filter(hears).any(|machine| {
                 machine
@@ -512,25 +628,22 @@ impl Cluster {
             });
             let mut next = self.log[self.log.len() - 1].clone();
             if (*evicted || relents) && hearers >= majority {
-                next.insert(*node, (generation.next(), false));
+                next.nodes.insert(*node, (generation.next(), false));
                 self.readmissions += 1;
             } else if !evicted && condemners >= majority {
-                next.insert(*node, (*generation, true));
+                next.nodes.insert(*node, (*generation, true));
                 self.evictions += 1;
             } else {
                 continue;
             }
-            self.log.push(next);
-            for node in 0..self.machines.len() {
-                let at = self.now + self.draw(300 * MS);
-                self.at(at, Event::Apply { node });
-            }
+            self.decided(next);
         }
     }
 
     /// Nobody believes in a lease under a generation that a majority condemned.
     fn check(&self) -> Result<(), String> {
-        let majority = self.machines.len() / 2 + 1;
+        let standing = &self.log[self.log.len() - 1];
+        let majority = standing.majority();
         for (index, machine) in self.machines.iter().enumerate() {
             let Some(core) = &machine.core else {
                 continue;
@@ -548,7 +661,7 @@ impl Cluster {
                      {status_until:?}, and {condemners} of {} voters condemned it",
                     Time(self.now),
                     id(index),
-                    self.machines.len()
+                    standing.voters.len()
                 ));
             }
         }

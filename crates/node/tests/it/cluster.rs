@@ -121,7 +121,8 @@ fn initial() -> ClusterState {
         state.apply(&join).unwrap();
     }
     for node in [A, B, W] {
-        state.apply(&Command::AdmitVoter { node }).unwrap();
+        let expect = state.voters_version;
+        state.apply(&Command::AdmitVoter { node, expect }).unwrap();
     }
     state
 }
@@ -250,6 +251,7 @@ impl Cluster {
             condemned: self.condemned.get(&id).cloned().unwrap_or_default(),
             local_replicas,
             memory_mib: None,
+            voters_told: 0,
         };
         let machine = Machine {
             node: Node::new(config, ms(self.now)),

@@ -57,6 +57,7 @@ fn lone(local: &[u32]) -> Node {
         timing: Sensitivity::Normal.timing(),
         condemned: Vec::new(),
         memory_mib: None,
+        voters_told: 0,
         local_replicas: local
             .iter()
             .map(|id| VolumeId(*id))

@@ -88,7 +88,11 @@ impl World {
         }
         let ids: Vec<NodeId> = state.nodes.keys().copied().collect();
         for node in &ids {
-            state.apply(&Command::AdmitVoter { node: *node }).unwrap();
+            let admit = Command::AdmitVoter {
+                node: *node,
+                expect: state.voters_version,
+            };
+            state.apply(&admit).unwrap();
         }
         let planner = *ids.last().unwrap();
         let mut world = Self {
@@ -380,6 +384,7 @@ impl World {
             },
             ["remove-node", node] => Command::RemoveNode {
                 node: self.node(node),
+                expect: self.state.voters_version,
             },
             _ => panic!("what is `{line}`?"),
         }

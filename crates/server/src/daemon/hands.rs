@@ -46,6 +46,8 @@ pub(crate) struct HandsContext {
     pub(crate) events: Arc<Events>,
     pub(crate) timing: Timing,
     pub(crate) runtime: Handle,
+    /// For the control log: which change of who votes is settled.
+    pub(crate) settled: watch::Sender<u64>,
 }
 
 /// The hands.
@@ -63,6 +65,7 @@ pub(crate) struct DaemonHands {
     report_bound: Duration,
     runtime: Handle,
     shutdown_done: watch::Sender<bool>,
+    settled: watch::Sender<u64>,
 }
 
 impl DaemonHands {
@@ -83,6 +86,7 @@ impl DaemonHands {
             report_bound: context.timing.dead,
             runtime: context.runtime,
             shutdown_done,
+            settled: context.settled,
         };
         Ok((hands, done))
     }
@@ -94,6 +98,10 @@ impl Hands for DaemonHands {
             // The disk hangs. Without the promise this node's vote does not count.
             tracing::error!(%node, %generation, "a promise was not written: the disk hangs");
         }
+    }
+
+    fn voters_settled(&mut self, voters: u64) {
+        self.settled.send_replace(voters);
     }
 
     fn report(&mut self, to: NodeId, report: Report) {

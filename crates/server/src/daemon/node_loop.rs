@@ -39,6 +39,7 @@ const BATCH: usize = 64;
 /// What the node manager's effects are carried out with. No method may wait.
 pub(crate) trait Hands: Send {
     fn persist_condemned(&mut self, node: NodeId, generation: LeaseGeneration);
+    fn voters_settled(&mut self, voters: u64);
     fn report(&mut self, to: NodeId, report: Report);
     fn propose(&mut self, id: ProposalId, command: Command, reason: String);
     fn volume(&mut self, volume: VolumeId, order: VolumeOrder);
@@ -248,6 +249,7 @@ impl<H: Hands> NodeLoop<H> {
                     let now = relevo_host::clock::now();
                     self.sockets.send(now, &path, address.copied(), &heartbeat);
                 }
+                Effect::VotersSettled(voters) => hands.voters_settled(voters),
                 Effect::PersistCondemned { node, generation } => {
                     hands.persist_condemned(node, generation);
                 }

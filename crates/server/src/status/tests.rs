@@ -57,7 +57,10 @@ pub(crate) fn state() -> ClusterState {
             now_unix_s: 1,
             node: spec(name, kind),
         });
-        apply(Command::AdmitVoter { node: NodeId(id) });
+        apply(Command::AdmitVoter {
+            node: NodeId(id),
+            expect: u64::from(id) - 1,
+        });
     }
     let replica = |node| ReplicaSpec {
         node: NodeId(node),

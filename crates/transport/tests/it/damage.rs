@@ -170,6 +170,7 @@ fn heartbeat(random: &mut Random) -> Heartbeat {
         instance: Instance(random.number()),
         round: random.tricky(),
         generation: LeaseGeneration(random.tricky()),
+        voters: 1,
         peers: (0..random.below(8)).map(|_| peer(random)).collect(),
         echo: random.one_in(2).then(|| PathEcho {
             instance: Instance(random.number()),

@@ -23,6 +23,7 @@ fn heartbeat(round: u64) -> Heartbeat {
         instance: Instance(u64::MAX),
         round,
         generation: LeaseGeneration(1),
+        voters: 1,
         peers: vec![PeerEcho {
             node: NodeId(2),
             instance: Instance(u64::MAX),

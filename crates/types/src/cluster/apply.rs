@@ -46,6 +46,7 @@ impl ClusterState {
                 }
                 check_name(name)?;
                 let added = self.add_node(node, true)?;
+                self.voters_version = 1;
                 self.id = *cluster;
                 self.name.clone_from(name);
                 self.sensitivity = *sensitivity;
@@ -60,11 +61,18 @@ impl ClusterState {
                 now_unix_s,
                 node,
             } => self.join(hash, *now_unix_s, node),
-            Command::AdmitVoter { node } => {
-                self.node_mut(*node)?.voter = true;
+            Command::AdmitVoter { node, expect } => {
+                self.check_voters(*expect)?;
+                let node = self.node_mut(*node)?;
+                if !std::mem::replace(&mut node.voter, true) {
+                    self.voters_version += 1;
+                }
                 Ok(Outcome::Done)
             }
-            Command::RemoveNode { node } => self.remove_node(*node),
+            Command::RemoveNode { node, expect } => {
+                self.check_voters(*expect)?;
+                self.remove_node(*node)
+            }
             Command::SetStandby { node, standby } => {
                 self.node_mut(*node)?.standby = *standby;
                 Ok(Outcome::Done)
@@ -279,8 +287,16 @@ impl ClusterState {
         Ok(added)
     }
 
+    fn check_voters(&self, expect: u64) -> Result<(), Rejection> {
+        if self.voters_version == expect {
+            Ok(())
+        } else {
+            Err(Rejection::StaleVoters)
+        }
+    }
+
     fn remove_node(&mut self, id: NodeId) -> Applied {
-        self.node_mut(id)?;
+        let voted = self.node_mut(id)?.voter;
         let in_use = |what: String, remedy: &str| Rejection::NodeInUse {
             node: id,
             what,
@@ -317,6 +333,7 @@ impl ClusterState {
             ));
         }
         self.nodes.remove(&id);
+        self.voters_version += u64::from(voted);
         self.forget_fencing_of(id);
         for service in self.services.values_mut() {
             service.placement.forget_node(id);

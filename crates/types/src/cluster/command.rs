@@ -44,11 +44,15 @@ pub enum Command {
     AdmitVoter {
         /// The node.
         node: NodeId,
+        /// [`super::ClusterState::voters_version`] that the proposer knows.
+        expect: u64,
     },
     /// A node leaves for good. Rejected while it holds a service, a primary role or a replica.
     RemoveNode {
         /// The node.
         node: NodeId,
+        /// [`super::ClusterState::voters_version`] that the proposer knows.
+        expect: u64,
     },
     /// Sets or clears standby.
     SetStandby {
@@ -396,6 +400,8 @@ pub enum Rejection {
         given: LeaseGeneration,
         actual: LeaseGeneration,
     },
+    #[error("who votes was changed meanwhile; ask again")]
+    StaleVoters,
     #[error("node {node} was evicted already")]
     AlreadyEvicted { node: NodeId },
     #[error("node {node} is evicted and can't take anything until it is readmitted")]

@@ -36,6 +36,10 @@ pub struct ClusterState {
     pub services: BTreeMap<ServiceId, Service>,
     /// Join tokens that were not used yet, by the hash of their secret (64 hex digits).
     pub tokens: BTreeMap<String, JoinToken>,
+    /// Grows with every change of who votes. A lease is counted among voters by this number, and the next change
+    /// waits until a majority has known this one for a while: decision 0010.
+    #[serde(default)]
+    pub voters_version: u64,
     /// The last id given to a node; ids are never given twice.
     pub last_node: u32,
     /// The last id given to a volume.

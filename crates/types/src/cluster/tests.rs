@@ -74,7 +74,8 @@ fn cluster() -> ClusterState {
         };
         let before = state.majority();
         assert_eq!(before, state.voters().count() / 2 + 1);
-        state.apply(&Command::AdmitVoter { node }).unwrap();
+        let expect = state.voters_version;
+        state.apply(&Command::AdmitVoter { node, expect }).unwrap();
     }
     assert_eq!(state.majority(), 2);
     state

@@ -83,6 +83,7 @@ impl Cluster {
             timing: self.scenario.sensitivity.timing(),
             condemned: self.machines[node].kept.condemned.clone(),
             memory_mib: None,
+            voters_told: 0,
             local_replicas: (node < self.scenario.data_nodes)
                 .then_some(VOLUME)
                 .into_iter()
@@ -293,7 +294,7 @@ impl Cluster {
                 addresses.for_each(|address| address.until = Time::ZERO);
                 Ok(())
             }
-            Effect::Event(_) | Effect::ShutdownDone => Ok(()),
+            Effect::Event(_) | Effect::ShutdownDone | Effect::VotersSettled(_) => Ok(()),
         }
     }
 

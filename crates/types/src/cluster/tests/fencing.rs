@@ -177,7 +177,10 @@ fn a_node_that_leaves_takes_its_part_of_the_devices_with_it() {
     let mut shared = device("strip", &[(A, 1), (B, 2)]);
     shared.from = Some([A, B, W].into());
     add(&mut state, shared).unwrap();
-    state.apply(&Command::RemoveNode { node: B }).unwrap();
+    let expect = state.voters_version;
+    state
+        .apply(&Command::RemoveNode { node: B, expect })
+        .unwrap();
     assert!(!state.fencing.devices.contains_key("bmc"));
     let strip = &state.fencing.devices["strip"];
     assert!(strip.targets.keys().eq([&A]));
