@@ -194,6 +194,14 @@ impl Membership {
             .map_or(Liveness::Unknown, |peer| peer.liveness)
     }
 
+    /// Whether heartbeats of a member arrive on a path.
+    #[must_use]
+    pub fn hears_on(&self, node: NodeId, path: &str) -> bool {
+        let peer = self.peers.get(&node);
+        peer.and_then(|peer| peer.paths.get(path))
+            .is_some_and(|path| path.up)
+    }
+
     /// How long a member has been silent; `None` when it was never heard, or is no member.
     #[must_use]
     pub fn silent_for(&self, node: NodeId, now: Time) -> Option<Duration> {

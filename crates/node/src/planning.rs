@@ -55,6 +55,7 @@ impl Node {
                 generation,
                 condemned_by: self.membership.condemned_by(id, generation),
                 heard_by: self.membership.heard_by(id),
+                line_alone: alive && self.is_heard_on_a_line_alone(id, state),
                 leaving,
                 replicas,
                 running,
@@ -66,6 +67,19 @@ impl Node {
             .iter()
             .map(|(id, node)| (*id, view(*id, node.lease.generation)))
             .collect()
+    }
+
+    /// Whether no network to a node works that both are on.
+    fn is_heard_on_a_line_alone(&self, id: NodeId, state: &ClusterState) -> bool {
+        let nodes = state.nodes.get(&id).zip(state.nodes.get(&self.config.me));
+        let Some((theirs, ours)) = nodes.filter(|_| id != self.config.me) else {
+            return false;
+        };
+        let up = |name: &str| self.membership.hears_on(id, name);
+        let networks = theirs.spec.paths.iter();
+        let works = networks.clone().any(|path| up(&path.name));
+        let line = theirs.spec.streams.iter().any(|path| up(&path.name));
+        line && !works && theirs.spec.shares_network(&ours.spec)
     }
 
     /// The cluster's clock: as far as the log had it when this node began to lead, and the time since.

@@ -178,6 +178,8 @@ fn member_is_unfit(
         Some("is evicted and not readmitted yet".to_owned())
     } else if condemned {
         Some("was counted as dead and not readmitted yet".to_owned())
+    } else if view.line_alone {
+        Some("is heard on a line alone, and no network to it works".to_owned())
     } else if view.leaving {
         Some("is shutting down".to_owned())
     } else if member.standby {

@@ -62,6 +62,8 @@ pub struct NodeView {
     pub condemned_by: Vec<NodeId>,
     /// The voters, itself aside, that hear it now.
     pub heard_by: Vec<NodeId>,
+    /// Heartbeats arrive on byte streams and on no network: it is alive, and can be told nothing. It gets nothing new.
+    pub line_alone: bool,
     /// It said that it is about to stop: it gets nothing new.
     pub leaving: bool,
     /// Its replicas as it reported them; missing: unknown.

@@ -125,6 +125,7 @@ impl World {
                 .copied()
                 .filter(|n| *n != id)
                 .collect(),
+            line_alone: false,
             leaving: false,
             replicas: BTreeMap::new(),
             running: BTreeSet::new(),
@@ -274,6 +275,8 @@ impl World {
                 let by = by.iter().map(|name| self.node(name)).collect();
                 self.view(node).condemned_by = by;
             }
+            ["line-alone", node] => self.view(node).line_alone = true,
+            ["networks", node] => self.view(node).line_alone = false,
             ["leaving", node] => self.view(node).leaving = true,
             ["restarted", node] => {
                 let view = self.view(node);

@@ -8,6 +8,7 @@ mod daemons;
 mod demo;
 mod fencing;
 mod large;
+mod lines;
 mod metadata;
 mod placement;
 mod resync;

@@ -30,9 +30,12 @@ use crate::{
 /// A path that can't be used is tried again this often: an interface comes up, a device is plugged in.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
-/// A stream that ended is opened again after this; after twice the time each time it can't be, up to
-/// [`TRY_EVERY`].
+/// A stream that ended is opened again after this; after twice the time each time it can't be or does not last,
+/// up to [`TRY_EVERY`].
 const REOPEN_FIRST: Duration = Duration::from_millis(100);
+
+/// Longer than whoever takes every connection and ends it at once.
+const LASTING: Duration = Duration::from_secs(5);
 
 /// What the keeper works with.
 pub(crate) struct PathContext {
@@ -216,9 +219,13 @@ impl Inner {
         }
         for stream in &spec.streams {
             self.open_line(&mut open, &stream.name, &stream.line);
-            // The task tells how it is.
+            // The task tells how it is, a socket's when somebody came: until then it is as it should be.
             let known = self.context.board.lock().get(&stream.name).cloned();
-            standing.insert(stream.name.clone(), known.flatten());
+            match (known, &stream.line) {
+                (Some(known), _) => drop(standing.insert(stream.name.clone(), known)),
+                (None, Line::Serial { .. }) => drop(standing.remove(&stream.name)),
+                (None, Line::Unix(_)) => {}
+            }
         }
         let mut told = self.context.board.lock();
         for path in &spec.paths {
@@ -264,10 +271,12 @@ impl Inner {
 
     /// What became of a stream.
     fn note_line(&self, name: &str, why: Option<String>) {
-        let mut standing = self.context.board.lock();
-        if let Some(known) = standing.get_mut(name) {
-            self.tell(name, known.as_deref(), why.as_deref());
-            *known = why;
+        let open = lock(&self.open);
+        // It may have been removed meanwhile.
+        if open.lines.contains_key(name) {
+            let mut standing = self.context.board.lock();
+            let before = standing.insert(name.to_owned(), why.clone()).flatten();
+            self.tell(name, before.as_deref(), why.as_deref());
         }
     }
 
@@ -295,8 +304,12 @@ async fn keep_line(inner: Arc<Inner>, name: String, line: Line) {
                 let (end, ended) = HeartbeatLine::new(&name, stream, &line, cluster, key);
                 inner.note_line(&name, None);
                 inner.context.inbox.path(PathChange::Line(end));
-                pause = REOPEN_FIRST;
-                match ended.await {
+                let opened = relevo_host::clock::now();
+                let ended = ended.await;
+                if relevo_host::clock::now().since(opened) >= LASTING {
+                    pause = REOPEN_FIRST;
+                }
+                match ended {
                     // That nothing arrives is what membership tells.
                     Ok(why) => tracing::info!(path = name, %why, "a stream ended"),
                     // The heartbeat thread is gone, or has another one.

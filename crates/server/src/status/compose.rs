@@ -196,8 +196,12 @@ impl Sources<'_> {
         let told = self.reports.get(&node.id).map(|report| &report.paths);
         node.spec
             .all_paths()
-            .filter(|(name, _)| shared(name))
             .map(|(name, address)| {
+                let unusable = told.and_then(|told| told.get(name).cloned().flatten());
+                (name, address, unusable)
+            })
+            .filter(|(name, _, unusable)| shared(name) || unusable.is_some())
+            .map(|(name, address, unusable)| {
                 let known = peer.and_then(|peer| peer.paths.iter().find(|p| p.name == name));
                 PathStatus {
                     name: name.to_owned(),
@@ -211,7 +215,7 @@ impl Sources<'_> {
                     jitter_us: known.and_then(|known| known.jitter_us),
                     loss_percent: known.map_or(0, |known| known.loss_percent),
                     trouble: known.and_then(|known| known.trouble),
-                    unusable: told.and_then(|told| told.get(name).cloned().flatten()),
+                    unusable,
                 }
             })
             .collect()
