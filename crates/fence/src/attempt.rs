@@ -409,18 +409,19 @@ impl Attempt {
             }
             Means::Devices(devices) => devices.clone(),
         };
-        let mut unfit = devices.is_empty();
+        let mut any_unfit = devices.is_empty();
         for device in &devices {
-            let why = match &device.unusable {
-                Some(why) => why.clone(),
-                None if !device.off => "it has no action `off`, and a reboot proves nothing: the node may be up again already; use a device that can switch off".to_owned(),
-                None if !device.status && !device.trust_exit_code => "it can't be asked whether the power is off; if its exit code is to be trusted, say so with --trust-exit-code".to_owned(),
-                None => continue,
+            let lack = || {
+                let lack = self::unfit(device.off, device.status, device.trust_exit_code);
+                lack.map(str::to_owned)
             };
-            unfit = true;
+            let Some(why) = device.unusable.clone().or_else(lack) else {
+                continue;
+            };
+            any_unfit = true;
             self.fail(Some(&device.name), why);
         }
-        if unfit {
+        if any_unfit {
             return self.begin(place + 1, 1);
         }
         let mut running = BTreeMap::new();
@@ -699,6 +700,21 @@ impl Attempt {
         if !self.failures.contains(&failure) {
             self.failures.push(failure);
         }
+    }
+}
+
+/// Why a device with, or without, these actions can prove nothing.
+pub(crate) const fn unfit(off: bool, status: bool, trust_exit_code: bool) -> Option<&'static str> {
+    if !off {
+        Some(
+            "it has no action `off`, and a reboot proves nothing: the node may be up again already; use a device that can switch off",
+        )
+    } else if !status && !trust_exit_code {
+        Some(
+            "it has no action `status`, so nobody can ask whether the power is off; if its exit code is to be trusted, say so with --trust-exit-code",
+        )
+    } else {
+        None
     }
 }
 

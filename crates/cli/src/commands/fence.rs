@@ -67,7 +67,7 @@ pub struct NodeArgs {
 /// `relevo fence device`
 #[derive(Subcommand, Debug)]
 pub enum DeviceVerb {
-    /// Add a device: an agent of the distribution, any command, or a person
+    /// Add a device, or change one with --replace: an agent of the distribution, any command, or a person
     Add(Box<AddArgs>),
     /// Remove a device
     Remove {
@@ -141,6 +141,9 @@ pub struct AddArgs {
     /// Don't ask the agent whether the parameters fit
     #[arg(long)]
     unchecked: bool,
+    /// Change a device that is there: it becomes what is given here, all of it, secrets too
+    #[arg(long)]
+    replace: bool,
 }
 
 pub(super) async fn run(context: &Context, verb: FenceVerb) -> Result<ExitCode, CliError> {
@@ -307,6 +310,7 @@ fn request(args: AddArgs) -> Result<AddFenceDeviceRequest, CliError> {
         check_every_s: args.check_every,
         trust_exit_code: args.trust_exit_code,
         unchecked: args.unchecked,
+        replace: args.replace,
     })
 }
 

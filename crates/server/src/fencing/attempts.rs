@@ -2,9 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use relevo_fence::{
-    Ability, Action, Attempt, Effect, Input, Level, Means, Plan, Reply, RunId, check::unfit,
-};
+use relevo_fence::{Ability, Action, Attempt, Effect, Input, Level, Means, Plan, Reply, RunId};
 use relevo_host::clock;
 use relevo_types::{
     NodeId,
@@ -452,7 +450,6 @@ impl Driver {
         } else if let FenceKind::Agent(name) = &device.kind {
             match self.inner.agents.metadata(name).await {
                 Ok(metadata) => {
-                    ability.unusable = unfit(&metadata, device.trust_exit_code).map(str::to_owned);
                     ability.off = metadata.can("off");
                     ability.on = metadata.can("on");
                     ability.status = metadata.can("status");

@@ -130,7 +130,7 @@ impl Inner {
         };
         let heard = |node: &&NodeId| {
             let peer = status.membership.peers.get(node);
-            peer.and_then(|peer| peer.heard_at)
+            peer.and_then(|peer| peer.arrived_at)
                 .is_some_and(|at| at + self.context.timing.suspect > clock::now())
         };
         nodes.keys().filter(heard).copied().collect()

@@ -252,7 +252,7 @@ impl Inner {
     async fn heard(&self, node: NodeId) -> (Option<Time>, Vec<NodeId>) {
         let status = self.context.inbox.status().await;
         let peer = status.and_then(|mut it| it.membership.peers.remove(&node));
-        peer.map_or((None, Vec::new()), |it| (it.heard_at, it.heard_by))
+        peer.map_or((None, Vec::new()), |it| (it.arrived_at, it.heard_by))
     }
 
     fn event(&self, level: EventLevel, subject: &str, text: &str) {

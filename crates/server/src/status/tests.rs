@@ -114,6 +114,7 @@ fn peer(liveness: Liveness) -> PeerStatus {
         since: Time(95 * SECOND),
         reason: "silent on lan".to_owned(),
         heard_at: None,
+        arrived_at: None,
         hears_us: true,
         paths: vec![PathStatus {
             name: "lan".to_owned(),
