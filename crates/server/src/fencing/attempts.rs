@@ -267,6 +267,10 @@ impl Driver {
             }
             let effects = attempt.step(clock::now(), Input::Tick);
             over |= self.carry_out(effects);
+            if self.is_taken_from() {
+                let effects = attempt.step(clock::now(), Input::SwitchOn);
+                over |= self.carry_out(effects);
+            }
             self.progress.send_if_modified(|progress| {
                 let doing = attempt.doing();
                 let changed = progress.doing != doing;
@@ -299,6 +303,13 @@ impl Driver {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    /// What the node had when the attempt began was taken from it, or was given back by itself.
+    fn is_taken_from(&self) -> bool {
+        let state = self.inner.state();
+        let node = state.nodes.get(&self.record.node);
+        node.is_none_or(|node| node.lease.evicted || node.lease.generation != self.generation)
     }
 
     /// Carries effects out; true when it is over.
@@ -400,6 +411,8 @@ impl Driver {
             node: self.record.name.clone(),
             action: self.record.action,
             delay: Duration::ZERO,
+            // A person takes what the node has from it by the reboot itself; the cluster by its decision.
+            hold: matches!(self.record.asked, FenceAsked::Cluster(_)),
             levels: Vec::new(),
             grace: timing.heartbeat * 2,
             silence: timing.dead,
