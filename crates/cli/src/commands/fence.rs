@@ -98,7 +98,7 @@ pub struct AddArgs {
     #[arg(long)]
     agent: Option<String>,
     /// Any program (absolute path) with its arguments, in which {node}, {plug} and {action} are replaced;
-    /// actions are off, on and status, which ends with 0 for on, and with 2 and the word `off` for off
+    /// actions are off, on and status, which ends with 0 for on, and with 2 and a line `off` for off
     #[arg(long, value_name = "COMMAND")]
     command: Option<String>,
     /// A person, who is asked to look and answers with `relevo fence confirm`
