@@ -7,11 +7,11 @@
 //! | action | exit code |
 //! |---|---|
 //! | `off`, `on`, `monitor`, `metadata` | 0: done; any other: not, or nobody knows |
-//! | `status` | 0: the power is on; 2 *and* the word `off` on standard output: it is off; anything else: nobody knows |
+//! | `status` | 0: the power is on; 2 *and* a line `off` or `Status: off` on standard output: it is off; anything else: nobody knows |
 //!
-//! The word is asked for because 2 is also what a shell ends with on a syntax error, and what many programs end
+//! The line is asked for because 2 is also what a shell ends with on a syntax error, and what many programs end
 //! with on wrong arguments: a script with a typing error must not prove that a node is off. All agents of the
-//! distribution print it (`Status: OFF`).
+//! distribution print it.
 //!
 //! [fence agent API]: https://github.com/ClusterLabs/fence-agents/blob/main/doc/FenceAgentAPI.md
 
@@ -317,7 +317,7 @@ fn reply(action: Action, ran: &Ran, limit: Duration, secrets: &[String]) -> Repl
         (Action::Status, Some(Exit::Code(0))) => Reply::On,
         (Action::Status, Some(Exit::Code(2))) if says_off(&ran.out) => Reply::Off,
         (Action::Status, Some(Exit::Code(2))) => Reply::Failed(format!(
-            "it ended with code 2, which is off, and did not print `off`, so nobody knows{}",
+            "it ended with code 2, which is off, and did not print a line `off`, so nobody knows{}",
             last_words(ran, secrets)
         )),
         (_, Some(Exit::Code(0))) => Reply::Done,
@@ -327,8 +327,9 @@ fn reply(action: Action, ran: &Ran, limit: Duration, secrets: &[String]) -> Repl
 
 fn says_off(out: &[u8]) -> bool {
     String::from_utf8_lossy(out)
-        .split(|c: char| !c.is_alphanumeric())
-        .any(|word| word.eq_ignore_ascii_case("off"))
+        .lines()
+        .map(str::trim)
+        .any(|line| line.eq_ignore_ascii_case("off") || line.eq_ignore_ascii_case("status: off"))
 }
 
 fn ended(ran: &Ran, limit: Duration, secrets: &[String]) -> String {
@@ -471,6 +472,8 @@ mod tests {
             ("echo Status: ON; exit 0", Some(Reply::On)),
             ("echo Status: OFF; exit 2", Some(Reply::Off)),
             ("echo off; exit 2", Some(Reply::Off)),
+            ("echo asked; echo ' Off '; exit 2", Some(Reply::Off)),
+            ("echo 'can not switch off'; exit 2", None),
             ("exit 2", None),
             ("echo offline; exit 2", None),
             ("echo official; echo Status: ON; exit 2", None),

@@ -53,6 +53,9 @@ pub struct Plan {
     pub action: FenceAction,
     /// How long to wait first.
     pub delay: Duration,
+    /// A reboot waits after its proof for [`Input::SwitchOn`]: the node must not be back before what it had was
+    /// taken from it.
+    pub hold: bool,
     /// Ways to do it, the first one first.
     pub levels: Vec<Level>,
     /// A heartbeat that arrives so long after the power was seen off may have been under way.
@@ -118,6 +121,8 @@ pub enum Input {
     },
     /// A heartbeat of the node arrived at that moment.
     Heard(Time),
+    /// What the node had was taken from it: a reboot may go on.
+    SwitchOn,
 }
 
 /// What an attempt wants.
@@ -203,6 +208,10 @@ enum Stage {
     },
     /// A person has to look.
     Person,
+    /// Proved; it may not be switched on yet.
+    Hold {
+        place: usize,
+    },
     /// Proved; being switched on again.
     On {
         place: usize,
@@ -231,6 +240,11 @@ impl Attempt {
             Input::Tick => {}
             Input::Replied { run, reply } => self.replied(now, run, reply),
             Input::Heard(at) => self.heard_at = self.heard_at.max(Some(at)),
+            Input::SwitchOn => {
+                if let Stage::Hold { place } = self.stage {
+                    self.switch_on(place);
+                }
+            }
         }
         self.advance(now);
         self.effects.drain(..).collect()
@@ -243,7 +257,7 @@ impl Attempt {
     pub fn confirm(&mut self, now: Time, who: &str, on: NodeId) -> Result<Vec<Effect>, String> {
         let node = self.plan.node.clone();
         match &self.stage {
-            Stage::Over | Stage::On { .. } => {
+            Stage::Over | Stage::Hold { .. } | Stage::On { .. } => {
                 return Err(format!("the attempt to fence {node} is over already"));
             }
             _ => {}
@@ -270,9 +284,17 @@ impl Attempt {
         Ok(self.effects.drain(..).collect())
     }
 
-    /// A person takes the attempt back. It ends without a proof; where it has one, it goes on to its end.
+    /// A person takes the attempt back. It ends without a proof; where it has one it stands, and a node that is not
+    /// being switched on yet stays off.
     pub fn give_up(&mut self, who: &str) -> Vec<Effect> {
-        if !matches!(self.stage, Stage::Over | Stage::On { .. }) {
+        if matches!(self.stage, Stage::Hold { .. }) {
+            let alarm = format!(
+                "{} stays off: {who} gave its reboot up; switch it on by hand",
+                self.plan.node
+            );
+            self.effects.push_back(Effect::Alarm(alarm));
+            self.end(Ok(()));
+        } else if !matches!(self.stage, Stage::Over | Stage::On { .. }) {
             self.cancel_runs();
             self.fail(None, format!("{who} gave it up"));
             let failures = std::mem::take(&mut self.failures);
@@ -299,6 +321,7 @@ impl Attempt {
             Stage::Off { .. }
             | Stage::Ask { .. }
             | Stage::Person
+            | Stage::Hold { .. }
             | Stage::On { .. }
             | Stage::Over => None,
         }
@@ -341,6 +364,9 @@ impl Attempt {
             Stage::Person => format!(
                 "waits for a person: look whether {node} is off, or switch it off, then `relevo fence confirm {node}`"
             ),
+            Stage::Hold { .. } => {
+                format!("has its proof, and switches {node} on when what it had was taken from it")
+            }
             Stage::On { place, .. } => {
                 format!("switches {node} on again by {}", self.names(*place))
             }
@@ -409,18 +435,19 @@ impl Attempt {
             }
             Means::Devices(devices) => devices.clone(),
         };
-        let mut unfit = devices.is_empty();
+        let mut any_unfit = devices.is_empty();
         for device in &devices {
-            let why = match &device.unusable {
-                Some(why) => why.clone(),
-                None if !device.off => "it has no action `off`, and a reboot proves nothing: the node may be up again already; use a device that can switch off".to_owned(),
-                None if !device.status && !device.trust_exit_code => "it can't be asked whether the power is off; if its exit code is to be trusted, say so with --trust-exit-code".to_owned(),
-                None => continue,
+            let lack = || {
+                let lack = self::unfit(device.off, device.status, device.trust_exit_code);
+                lack.map(str::to_owned)
             };
-            unfit = true;
+            let Some(why) = device.unusable.clone().or_else(lack) else {
+                continue;
+            };
+            any_unfit = true;
             self.fail(Some(&device.name), why);
         }
-        if unfit {
+        if any_unfit {
             return self.begin(place + 1, 1);
         }
         let mut running = BTreeMap::new();
@@ -495,6 +522,7 @@ impl Attempt {
             | Stage::Listen { .. }
             | Stage::TryPause { .. }
             | Stage::Person
+            | Stage::Hold { .. }
             | Stage::Over => {}
         }
     }
@@ -599,9 +627,15 @@ impl Attempt {
                     .map(|device| (device.name.clone(), verified(device)))
                     .collect(),
             }));
-        if self.plan.action == FenceAction::Off {
-            return self.end(Ok(()));
+        match self.plan.action {
+            FenceAction::Off => self.end(Ok(())),
+            FenceAction::Reboot if self.plan.hold => self.stage = Stage::Hold { place },
+            FenceAction::Reboot => self.switch_on(place),
         }
+    }
+
+    fn switch_on(&mut self, place: usize) {
+        let devices = self.devices(place).to_vec();
         let mut running = BTreeMap::new();
         for (index, device) in devices.iter().enumerate() {
             if device.on {
@@ -699,6 +733,21 @@ impl Attempt {
         if !self.failures.contains(&failure) {
             self.failures.push(failure);
         }
+    }
+}
+
+/// Why a device with, or without, these actions can prove nothing.
+pub(crate) const fn unfit(off: bool, status: bool, trust_exit_code: bool) -> Option<&'static str> {
+    if !off {
+        Some(
+            "it has no action `off`, and a reboot proves nothing: the node may be up again already; use a device that can switch off",
+        )
+    } else if !status && !trust_exit_code {
+        Some(
+            "it has no action `status`, so nobody can ask whether the power is off; if its exit code is to be trusted, say so with --trust-exit-code",
+        )
+    } else {
+        None
     }
 }
 

@@ -224,17 +224,7 @@ pub async fn look(
 /// Why an agent can prove nothing.
 #[must_use]
 pub fn unfit(metadata: &Metadata, trust_exit_code: bool) -> Option<&'static str> {
-    if !metadata.can("off") {
-        Some(
-            "its agent has no action `off`, and a reboot proves nothing: the node may be up again already; use a device that can switch off",
-        )
-    } else if !metadata.can("status") && !trust_exit_code {
-        Some(
-            "its agent has no action `status`, so nobody can ask whether the power is off; if its exit code is to be trusted, say so with --trust-exit-code",
-        )
-    } else {
-        None
-    }
+    crate::attempt::unfit(metadata.can("off"), metadata.can("status"), trust_exit_code)
 }
 
 #[cfg(test)]

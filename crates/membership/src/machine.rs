@@ -58,6 +58,8 @@ pub struct PeerStatus {
     pub reason: String,
     /// When it was heard last; `None`: not since this process started.
     pub heard_at: Option<Time>,
+    /// When a heartbeat of it arrived last, also one that says that it does not hear this node: then it is on.
+    pub arrived_at: Option<Time>,
     /// Its newest heartbeat says that it hears this node.
     pub hears_us: bool,
     /// Its paths.
@@ -157,6 +159,7 @@ impl Membership {
                 since: peer.since,
                 reason: peer.reason.clone(),
                 heard_at: peer.heard_at,
+                arrived_at: peer.arrived_at,
                 hears_us: peer.hears_us(),
                 paths,
                 condemned_by: self.condemned_by(*id, peer.config.generation),

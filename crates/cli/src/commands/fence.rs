@@ -67,7 +67,7 @@ pub struct NodeArgs {
 /// `relevo fence device`
 #[derive(Subcommand, Debug)]
 pub enum DeviceVerb {
-    /// Add a device: an agent of the distribution, any command, or a person
+    /// Add a device, or change one with --replace: an agent of the distribution, any command, or a person
     Add(Box<AddArgs>),
     /// Remove a device
     Remove {
@@ -98,7 +98,7 @@ pub struct AddArgs {
     #[arg(long)]
     agent: Option<String>,
     /// Any program (absolute path) with its arguments, in which {node}, {plug} and {action} are replaced;
-    /// actions are off, on and status, which ends with 0 for on, and with 2 and the word `off` for off
+    /// actions are off, on and status, which ends with 0 for on, and with 2 and a line `off` for off
     #[arg(long, value_name = "COMMAND")]
     command: Option<String>,
     /// A person, who is asked to look and answers with `relevo fence confirm`
@@ -141,6 +141,9 @@ pub struct AddArgs {
     /// Don't ask the agent whether the parameters fit
     #[arg(long)]
     unchecked: bool,
+    /// Change a device that is there: it becomes what is given here, all of it, secrets too
+    #[arg(long)]
+    replace: bool,
 }
 
 pub(super) async fn run(context: &Context, verb: FenceVerb) -> Result<ExitCode, CliError> {
@@ -307,6 +310,7 @@ fn request(args: AddArgs) -> Result<AddFenceDeviceRequest, CliError> {
         check_every_s: args.check_every,
         trust_exit_code: args.trust_exit_code,
         unchecked: args.unchecked,
+        replace: args.replace,
     })
 }
 

@@ -255,3 +255,49 @@ fn what_may_be_lost_and_what_was_saved() {
     assert_eq!(lines[2][..2], ["?", "?"]);
     assert!(text.contains("no file of saved blocks"), "{text}");
 }
+
+#[test]
+fn fence_devices_and_history() {
+    let devices = r#"[{"name": "bmc", "what": "fence_ipmilan", "parameters": {"ip": "10.0.0.12", "password": "(secret)"},
+      "targets": [{"node": "beta", "plug": null, "level": 1, "delay_ms": 5000}], "from": ["alfa", "gamma"],
+      "action_limit_s": 60, "verify_limit_s": 30, "check_every_s": 3600, "trust_exit_code": false,
+      "checks": [{"node": "alfa", "works": true, "trouble": null, "since_unix_ms": 1700000000000, "at_unix_ms": 1700000090000},
+                 {"node": "gamma", "works": false, "trouble": "no route to host", "since_unix_ms": 1700000095000, "at_unix_ms": 1700000095000}]}]"#;
+    let devices: Vec<relevo_server::api::FenceDeviceStatus> =
+        serde_json::from_str(devices).unwrap();
+    let list = fence_devices(&devices);
+    assert!(
+        list.contains("bmc") && list.contains("NOT from gamma"),
+        "{list}"
+    );
+    let expected = "\
+Fence device bmc: fence_ipmilan
+  switches off beta, level 1, after a delay of 5.0 s
+  used from alfa, gamma
+  an action may take 60 s, the power may be on 30 s after off, checked every 3600 s
+  ip = 10.0.0.12
+  password = (secret)
+  from alfa: would work for 1 min 40 s (checked 10 s ago)
+  from gamma: would NOT work for 5.0 s (checked 5.0 s ago): no route to host
+";
+    assert_eq!(fence_device(&devices[0], NOW), expected);
+    let history = r#"[{"node": "beta", "by": "alfa", "asked": "root on alfa", "action": "reboot",
+      "begun_unix_ms": 1700000090000, "ended_unix_ms": 1700000095000, "proved": true, "proved_unix_ms": 1700000092500,
+      "generation": 3, "how": ["bmc switched it off and said so when asked (level 1)"],
+      "remarks": ["beta was not switched on again"]},
+     {"node": "beta", "by": "alfa", "asked": "root on alfa", "action": "off", "begun_unix_ms": 1700000096000,
+      "ended_unix_ms": 1700000097000, "proved": false, "proved_unix_ms": null, "generation": null,
+      "how": ["bmc: off failed: it ended with code 1"], "remarks": []}]"#;
+    let history: Vec<relevo_server::api::FenceHistoryEntry> =
+        serde_json::from_str(history).unwrap();
+    let expected = "\
+10 s ago: beta (reboot) by alfa, asked by root on alfa: was off after 2.5 s
+    bmc switched it off and said so when asked (level 1)
+  ! beta was not switched on again
+4.0 s ago: beta (off) by alfa, asked by root on alfa: NOT fenced after 1.0 s
+    bmc: off failed: it ended with code 1
+";
+    assert_eq!(fence_history(&history, NOW), expected);
+    assert!(fence_history(&[], NOW).contains("No node was fenced"));
+    assert!(fence_devices(&[]).contains("no fence devices"));
+}

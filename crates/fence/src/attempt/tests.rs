@@ -93,6 +93,7 @@ impl World {
             node: "beta".to_owned(),
             action,
             delay: Duration::ZERO,
+            hold: false,
             levels: (1..)
                 .zip(&levels)
                 .map(|(number, devices)| Level {
@@ -509,6 +510,31 @@ fn the_delay_comes_first() {
         .with(|plan| plan.delay = delay);
     world.run();
     assert_eq!(world.started[0].0, START + delay);
+}
+
+#[test]
+fn a_node_is_not_back_before_what_it_had_was_taken_from_it() {
+    let held = || {
+        let mut world = World::new(FenceAction::Reboot, vec![vec![Device::new("bmc")]])
+            .with(|plan| plan.hold = true);
+        world.run();
+        assert!(world.proved.is_some() && world.ended.is_none());
+        assert_eq!(world.counts("bmc", Action::On), 0);
+        assert!(world.attempt.confirm(world.now, "root", NodeId(1)).is_err());
+        world
+    };
+    let mut world = held();
+    let effects = world.attempt.step(world.now, Input::SwitchOn);
+    world.apply(effects);
+    world.run();
+    assert_eq!(world.ended, Some(Ok(())));
+    assert_eq!(world.counts("bmc", Action::On), 1);
+    let mut world = held();
+    let effects = world.attempt.give_up("root");
+    world.apply(effects);
+    assert_eq!(world.ended, Some(Ok(())));
+    assert!(world.alarms[0].contains("stays off"));
+    assert_eq!(world.counts("bmc", Action::On), 0);
 }
 
 fn with_person(devices: Vec<Device>) -> World {

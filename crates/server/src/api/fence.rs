@@ -46,6 +46,9 @@ pub struct AddFenceDeviceRequest {
     /// Take it without asking the agent whether the parameters fit.
     #[serde(default)]
     pub unchecked: bool,
+    /// It takes the place of the device of that name, all of it.
+    #[serde(default)]
+    pub replace: bool,
 }
 
 impl fmt::Debug for AddFenceDeviceRequest {

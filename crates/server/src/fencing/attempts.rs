@@ -2,9 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use relevo_fence::{
-    Ability, Action, Attempt, Effect, Input, Level, Means, Plan, Reply, RunId, check::unfit,
-};
+use relevo_fence::{Ability, Action, Attempt, Effect, Input, Level, Means, Plan, Reply, RunId};
 use relevo_host::clock;
 use relevo_types::{
     NodeId,
@@ -15,7 +13,7 @@ use relevo_types::{
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::{AbortHandle, JoinSet},
+    task::{AbortHandle, JoinError, JoinSet},
 };
 
 use super::{ConfirmFailure, FenceRefusal, Fencing, Inner, Progress, action_limit, lock, may_use};
@@ -186,7 +184,11 @@ impl Fencing {
     /// # Errors
     /// Who does, in a sentence with what to do.
     pub(crate) async fn check_silent(&self, node: NodeId) -> Result<(), String> {
-        let (_, hearers) = self.inner.heard(node).await;
+        let (_, hearers) = self
+            .inner
+            .heard(node)
+            .await
+            .ok_or("this node's daemon is stopping, and hears nobody; ask on another node")?;
         if hearers.is_empty() {
             return Ok(());
         }
@@ -263,12 +265,25 @@ impl Driver {
         let mut attempt = Attempt::new(plan);
         let mut over = false;
         while !over {
-            if let (Some(at), _) = self.inner.heard(node).await {
-                let effects = attempt.step(clock::now(), Input::Heard(at));
-                over |= self.carry_out(effects);
+            match self.inner.heard(node).await {
+                Some((Some(at), _)) => {
+                    let effects = attempt.step(clock::now(), Input::Heard(at));
+                    over |= self.carry_out(effects);
+                }
+                Some((None, _)) => {}
+                // Who does not listen can't say that a node is silent.
+                None => {
+                    let effects = attempt.give_up("the daemon, which is stopping,");
+                    self.carry_out(effects);
+                    break;
+                }
             }
             let effects = attempt.step(clock::now(), Input::Tick);
             over |= self.carry_out(effects);
+            if self.is_taken_from() {
+                let effects = attempt.step(clock::now(), Input::SwitchOn);
+                over |= self.carry_out(effects);
+            }
             self.progress.send_if_modified(|progress| {
                 let doing = attempt.doing();
                 let changed = progress.doing != doing;
@@ -283,7 +298,7 @@ impl Driver {
             tokio::select! {
                 Some(done) = self.runs.join_next(), if !self.runs.is_empty() => {
                     // One that was cancelled is no news.
-                    if let Ok((run, reply)) = done && self.running.remove(&run).is_some() {
+                    if let Some((run, reply)) = self.known(done) {
                         let effects = attempt.step(clock::now(), Input::Replied { run, reply });
                         over |= self.carry_out(effects);
                     }
@@ -301,6 +316,29 @@ impl Driver {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    /// A run that ended, if somebody still waits for it.
+    fn known(&mut self, done: Result<(RunId, Reply), JoinError>) -> Option<(RunId, Reply)> {
+        let (run, reply) = done
+            .or_else(|error| {
+                let lost = self
+                    .running
+                    .iter()
+                    .find(|(_, task)| task.id() == error.id());
+                let why = format!("the run was lost: {error}");
+                lost.map(|(run, _)| (*run, Reply::Failed(why))).ok_or(())
+            })
+            .ok()?;
+        self.running.remove(&run)?;
+        Some((run, reply))
+    }
+
+    /// What the node had when the attempt began was taken from it, or was given back by itself.
+    fn is_taken_from(&self) -> bool {
+        let state = self.inner.state();
+        let node = state.nodes.get(&self.record.node);
+        node.is_none_or(|node| node.lease.evicted || node.lease.generation != self.generation)
     }
 
     /// Carries effects out; true when it is over.
@@ -402,6 +440,8 @@ impl Driver {
             node: self.record.name.clone(),
             action: self.record.action,
             delay: Duration::ZERO,
+            // A person takes what the node has from it by the reboot itself; the cluster by its decision.
+            hold: matches!(self.record.asked, FenceAsked::Cluster(_)),
             levels: Vec::new(),
             grace: timing.heartbeat * 2,
             silence: timing.dead,
@@ -452,7 +492,6 @@ impl Driver {
         } else if let FenceKind::Agent(name) = &device.kind {
             match self.inner.agents.metadata(name).await {
                 Ok(metadata) => {
-                    ability.unusable = unfit(&metadata, device.trust_exit_code).map(str::to_owned);
                     ability.off = metadata.can("off");
                     ability.on = metadata.can("on");
                     ability.status = metadata.can("status");

@@ -23,6 +23,9 @@ use crate::{api::EventLevel, events::unix_ms};
 /// Checks at the same time: agents are programs of some 30 MB each.
 const PARALLEL: usize = 2;
 
+/// While a node is being fenced nothing is checked, and this often it is looked whether that is over.
+const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
+
 /// With nothing due it is looked again after this.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -33,7 +36,9 @@ pub(super) async fn run(inner: Arc<Inner>) {
     loop {
         let state = states.borrow_and_update().clone();
         configure(&inner, &state, &mut known);
-        while running.len() < PARALLEL {
+        // A device has few sessions: none is taken from an attempt.
+        let at_rest = lock(&inner.attempts).is_empty();
+        while at_rest && running.len() < PARALLEL {
             let due = lock(&inner.checks).due(clock::now());
             let Some((ticket, device)) = due else {
                 break;
@@ -43,6 +48,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
         }
         let wake = lock(&inner.checks).wake();
         let pause = match wake {
+            Some(_) if !at_rest => ATTEMPT_PAUSE,
             Some(at) if running.len() < PARALLEL => at.since(clock::now()).min(IDLE),
             Some(_) | None => IDLE,
         };
@@ -130,7 +136,7 @@ impl Inner {
         };
         let heard = |node: &&NodeId| {
             let peer = status.membership.peers.get(node);
-            peer.and_then(|peer| peer.heard_at)
+            peer.and_then(|peer| peer.arrived_at)
                 .is_some_and(|at| at + self.context.timing.suspect > clock::now())
         };
         nodes.keys().filter(heard).copied().collect()

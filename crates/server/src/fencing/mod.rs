@@ -248,11 +248,11 @@ impl Inner {
         self.context.states.borrow().clone()
     }
 
-    /// When a heartbeat of the node arrived last, and who hears it.
-    async fn heard(&self, node: NodeId) -> (Option<Time>, Vec<NodeId>) {
-        let status = self.context.inbox.status().await;
-        let peer = status.and_then(|mut it| it.membership.peers.remove(&node));
-        peer.map_or((None, Vec::new()), |it| (it.heard_at, it.heard_by))
+    /// When a heartbeat of the node arrived last, and who hears it. `None`: this node listens no more.
+    async fn heard(&self, node: NodeId) -> Option<(Option<Time>, Vec<NodeId>)> {
+        let mut status = self.context.inbox.status().await?;
+        let peer = status.membership.peers.remove(&node);
+        Some(peer.map_or((None, Vec::new()), |it| (it.arrived_at, it.heard_by)))
     }
 
     fn event(&self, level: EventLevel, subject: &str, text: &str) {

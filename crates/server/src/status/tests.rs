@@ -117,6 +117,7 @@ fn peer(liveness: Liveness) -> PeerStatus {
         since: Time(95 * SECOND),
         reason: "silent on lan".to_owned(),
         heard_at: None,
+        arrived_at: None,
         hears_us: true,
         paths: vec![PathStatus {
             name: "lan".to_owned(),
@@ -483,4 +484,70 @@ fn a_path_with_trouble_is_an_alarm_that_says_what_it_means() {
     assert_eq!(paths[0].carries, crate::api::PathCarries::All);
     // The witness is not on the others.
     assert_eq!(status.nodes[2].paths.len(), 1);
+}
+
+#[test]
+fn fence_devices_and_what_is_wrong_with_them() {
+    use relevo_types::cluster::{FenceCommand, FenceDevice, FenceKind, FenceTarget, FenceValue};
+
+    let mut state = state();
+    let secret = FenceValue::Secret("sesame".to_owned());
+    let target = FenceTarget {
+        plug: Some("7".to_owned()),
+        level: 1,
+        delay_ms: 2000,
+    };
+    let device = FenceDevice {
+        name: "strip".to_owned(),
+        kind: FenceKind::Agent("fence_apc".to_owned()),
+        parameters: BTreeMap::from([("password".to_owned(), secret)]),
+        targets: BTreeMap::from([(NodeId(2), target)]),
+        from: None,
+        action_limit_s: 60,
+        verify_limit_s: 30,
+        check_every_s: 3600,
+        trust_exit_code: false,
+    };
+    state
+        .apply(&FenceCommand::AddDevice(device).into())
+        .unwrap();
+    let observed = observed(Liveness::Alive, Phase::Running);
+    let mut mine = report(None);
+    mine.fencing.checks.insert("strip".to_owned(), None);
+    let shown = status(&state, &observed, mine.clone());
+    let strip = &shown.fencing.devices[0];
+    assert_eq!(strip.parameters["password"], "(secret)");
+    assert_eq!(strip.from, ["alfa", "beta"]);
+    assert_eq!(strip.targets[0].plug.as_deref(), Some("7"));
+    // beta did not report; here nobody looked yet.
+    assert_eq!((strip.checks.len(), strip.checks[0].works), (1, None));
+    assert_eq!(shown.fencing.nodes_without, ["alfa"]);
+    let (health, problems) = judge(&shown);
+    assert_eq!(health, Health::Degraded);
+    assert!(
+        problems[0].contains("node alfa has no fence device"),
+        "{problems:?}"
+    );
+
+    let broken = crate::fencing::LocalCheck {
+        trouble: Some("no route to host".to_owned()),
+        since_unix_ms: 5,
+        at_unix_ms: 9,
+    };
+    mine.fencing.checks.insert("strip".to_owned(), Some(broken));
+    let doing = ("asks strip whether beta is off".to_owned(), 7);
+    mine.fencing.attempts.insert(NodeId(2), doing);
+    let shown = status(&state, &observed, mine);
+    assert_eq!(shown.fencing.devices[0].checks[0].works, Some(false));
+    let (_, problems) = judge(&shown);
+    let text = problems.join(" | ");
+    assert!(
+        text.contains("strip would not work from alfa: no route to host"),
+        "{text}"
+    );
+    assert!(
+        text.contains("node beta is being fenced: alfa asks strip"),
+        "{text}"
+    );
+    assert!(!serde_json::to_string(&shown).unwrap().contains("sesame"));
 }

@@ -40,16 +40,24 @@ const AGENTS_PARALLEL: usize = 4;
 const WHO_CHARS_MAX: usize = 64;
 
 impl Cluster {
-    /// Adds a fence device, checked against what its agent says of itself.
+    /// Adds or changes a fence device, checked against what its agent says of itself.
     pub(crate) async fn add_fence_device(
         &self,
         request: AddFenceDeviceRequest,
     ) -> Result<Done, ApiError> {
         let what = format!("fence device `{}` was not added", request.name);
         let state = self.state();
-        let (mut device, unchecked) = device(&state, request, &what)?;
+        let (unchecked, replace) = (request.unchecked, request.replace);
+        let mut device = device(&state, request, &what)?;
         // What makes no sense to the control log is told before any agent runs.
-        let command = |device: &FenceDevice| Command::from(FenceCommand::AddDevice(device.clone()));
+        let command = |device: &FenceDevice| {
+            let device = device.clone();
+            Command::from(if replace {
+                FenceCommand::ReplaceDevice(device)
+            } else {
+                FenceCommand::AddDevice(device)
+            })
+        };
         let mut tried = ClusterState::clone(&state);
         if let Err(rejection) = tried.apply(&command(&device)) {
             return Err(super::rejected(&what, &rejection));
@@ -551,12 +559,12 @@ impl Cluster {
     }
 }
 
-/// The device that is asked for, and whether its agent shall not be asked.
+/// The device that is asked for.
 fn device(
     state: &ClusterState,
     request: AddFenceDeviceRequest,
     what: &str,
-) -> Result<(FenceDevice, bool), ApiError> {
+) -> Result<FenceDevice, ApiError> {
     let bad = |reason: String, remedy: &str| {
         Err(ApiError::new(ErrorKind::BadRequest, what, reason, remedy))
     };
@@ -613,7 +621,7 @@ fn device(
             .map(|name| find_node(state, name, what))
             .collect::<Result<BTreeSet<_>, _>>()
     });
-    let device = FenceDevice {
+    Ok(FenceDevice {
         name: request.name,
         kind: match request.kind {
             FenceKindRequest::Agent(name) => FenceKind::Agent(name),
@@ -627,8 +635,7 @@ fn device(
         verify_limit_s: request.verify_limit_s,
         check_every_s: request.check_every_s,
         trust_exit_code: request.trust_exit_code,
-    };
-    Ok((device, request.unchecked))
+    })
 }
 
 /// Checks a device against what its agent says, and hides what it calls a secret. Gives what is worth knowing.

@@ -204,6 +204,8 @@ pub enum FenceCommand {
     },
     /// What came of an attempt; replaces what was recorded of the same one.
     Record(FenceRecord),
+    /// A device that is there becomes this one, in one step: its levels are never without it.
+    ReplaceDevice(FenceDevice),
 }
 
 impl From<FenceCommand> for Command {

@@ -365,6 +365,11 @@ fn a_device_that_breaks_is_told_before_it_is_needed() {
     });
     let story = alfa.ok(&["events"]);
     assert!(story.contains("would work again"), "{story}");
+    let again = format!("{} {{action}}", device.display());
+    let out = add(&alfa, "strip", &again, &["--replace"]);
+    assert!(out.contains("can switch off beta"), "{out}");
+    let shown = alfa.ok(&["fence", "device", "show", "strip"]);
+    assert!(shown.contains("checked every 3600 s"), "{shown}");
     alfa.ok(&["fence", "device", "remove", "strip"]);
     assert!(works().contains("no fence devices"));
 }

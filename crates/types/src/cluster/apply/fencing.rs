@@ -53,18 +53,18 @@ impl ClusterState {
                         "there are {FENCE_DEVICES_MAX} fence devices, the most there can be; remove one first"
                     )));
                 }
-                self.check_device(device)?;
-                let mut fencing = self.fencing.clone();
-                fencing.devices.insert(device.name.clone(), device.clone());
-                self.check_levels(&fencing)?;
-                self.fencing = fencing;
+                self.set_device(device)?;
+            }
+            FenceCommand::ReplaceDevice(device) => {
+                if !self.fencing.devices.contains_key(&device.name) {
+                    return Err(no_device(&device.name));
+                }
+                self.set_device(device)?;
             }
             FenceCommand::RemoveDevice { name } => {
                 let mut fencing = self.fencing.clone();
                 if fencing.devices.remove(name).is_none() {
-                    return Err(bad(format!(
-                        "there is no fence device `{name}`; `relevo fence device list` lists them"
-                    )));
+                    return Err(no_device(name));
                 }
                 self.check_levels(&fencing)?;
                 self.fencing = fencing;
@@ -72,6 +72,15 @@ impl ClusterState {
             FenceCommand::Record(record) => self.record(record),
         }
         Ok(Outcome::Done)
+    }
+
+    fn set_device(&mut self, device: &FenceDevice) -> Result<(), Rejection> {
+        self.check_device(device)?;
+        let mut fencing = self.fencing.clone();
+        fencing.devices.insert(device.name.clone(), device.clone());
+        self.check_levels(&fencing)?;
+        self.fencing = fencing;
+        Ok(())
     }
 
     /// Takes a node out of everything about fencing but the history.
@@ -231,6 +240,12 @@ impl ClusterState {
 
 fn bad(why: impl Into<String>) -> Rejection {
     Rejection::BadFencing { why: why.into() }
+}
+
+fn no_device(name: &str) -> Rejection {
+    bad(format!(
+        "there is no fence device `{name}`; `relevo fence device list` lists them"
+    ))
 }
 
 fn check_kind(kind: &FenceKind) -> Result<(), Rejection> {

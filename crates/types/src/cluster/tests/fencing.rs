@@ -164,6 +164,23 @@ fn levels_have_no_gap_and_a_person_decides_alone() {
     };
     assert!(remove("bmc").unwrap_err().contains("without level 1"));
     remove("strip1").unwrap();
+    // Changed in place: its level is never without it.
+    let mut changed = device("bmc", &[(B, 1)]);
+    changed.check_every_s = 60;
+    let replace = |it: FenceDevice| Command::from(FenceCommand::ReplaceDevice(it));
+    let gap = device("bmc", &[(B, 3)]);
+    assert!(state.apply(&replace(gap)).is_err());
+    let unknown = device("bcm", &[(B, 1)]);
+    assert!(state.apply(&replace(unknown)).is_err());
+    state.apply(&replace(changed)).unwrap();
+    assert_eq!(state.fencing.devices["bmc"].check_every_s, 60);
+    let mut remove = |name: &str| {
+        state
+            .apply(&Command::from(FenceCommand::RemoveDevice {
+                name: name.to_owned(),
+            }))
+            .map_err(|e| e.to_string())
+    };
     assert!(remove("strip2").unwrap_err().contains("without level 2"));
     remove("someone").unwrap();
     remove("strip2").unwrap();
