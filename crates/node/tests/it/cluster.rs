@@ -545,6 +545,7 @@ impl Cluster {
             Effect::Part(order) => self.part_order(id, order),
             Effect::LeaseUntil(_) => {}
             Effect::LeaseLost => self.trace.push((self.now, id, "lease lost".to_owned())),
+            Effect::VotersSettled(_) => {}
             Effect::Event(event) => {
                 assert!(!event.what.is_empty() && !event.why.is_empty(), "{event:?}");
             }
