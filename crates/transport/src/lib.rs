@@ -9,7 +9,7 @@
 //! * [`datalink`]: connections that carry one volume, on the data port; set up here, then handed
 //!   to the data path, which drives socket and TLS session itself.
 //! * [`heartbeat`]: datagrams, one socket per network, and all paths of a node together.
-//! * [`line`]: heartbeats on byte streams, in frames of [`framing`].
+//! * [`mod@line`]: heartbeats on byte streams, in frames of [`framing`].
 //! * [`net`]: socket options and connecting.
 
 pub mod datalink;
