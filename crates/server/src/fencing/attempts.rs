@@ -106,6 +106,7 @@ impl Fencing {
         let begun_unix_ms = unix_ms();
         let (sender, progress) = watch::channel(Progress {
             doing: format!("begins to fence {name}"),
+            waits_for_a_person: false,
             action,
             begun_unix_ms,
             proof: None,
@@ -288,6 +289,7 @@ impl Driver {
                 let doing = attempt.doing();
                 let changed = progress.doing != doing;
                 progress.doing = doing;
+                progress.waits_for_a_person = attempt.waits_for_a_person();
                 changed
             });
             if over {

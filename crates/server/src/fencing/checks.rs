@@ -23,7 +23,7 @@ use crate::{api::EventLevel, events::unix_ms};
 /// Checks at the same time: agents are programs of some 30 MB each.
 const PARALLEL: usize = 2;
 
-/// While a node is being fenced nothing is checked, and this often it is looked whether that is over.
+/// While devices fence a node nothing is checked, and this often it is looked whether that is over.
 const ATTEMPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// With nothing due it is looked again after this.
@@ -37,7 +37,9 @@ pub(super) async fn run(inner: Arc<Inner>) {
         let state = states.borrow_and_update().clone();
         configure(&inner, &state, &mut known);
         // A device has few sessions: none is taken from an attempt.
-        let at_rest = lock(&inner.attempts).is_empty();
+        let at_rest = lock(&inner.attempts)
+            .values()
+            .all(|running| running.progress.borrow().waits_for_a_person);
         while at_rest && running.len() < PARALLEL {
             let due = lock(&inner.checks).due(clock::now());
             let Some((ticket, device)) = due else {

@@ -73,6 +73,8 @@ struct Inner {
 pub(crate) struct Progress {
     /// What it does, in words.
     pub(crate) doing: String,
+    /// A person is all that it waits for; it uses no device.
+    pub(crate) waits_for_a_person: bool,
     /// What shall become of the node.
     pub(crate) action: FenceAction,
     /// When it began, in milliseconds since 1970.

@@ -479,7 +479,9 @@ impl Cluster {
         let described = agents.installed().into_iter().map(|name| async move {
             let description = match agents.metadata(&name).await {
                 Ok(metadata) => metadata.shortdesc.clone(),
-                Err(why) => format!("({why})"),
+                Err(_) => {
+                    format!("(does not describe itself; `relevo fence agent {name}` says why)")
+                }
             };
             FenceAgentSummary { name, description }
         });
