@@ -457,7 +457,7 @@ mod tests {
             hex,
             "5256484201\
              07070707070707070707070707070707\
-             014dac0201\
+             014dac020101\
              01020509010000\
              0106c801fa01"
         );
@@ -469,8 +469,8 @@ mod tests {
         let hex: String = sealed.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(
             hex,
-            "01014dac0201010205090100000106c801fa01\
-             5b82aade18b8802132c9fc32b5d5e1a6"
+            "01014dac020101010205090100000106c801fa01\
+             d6045343e08ba81427d80bed1ed9c6a2"
         );
     }
 

@@ -349,6 +349,21 @@ impl World {
                 service: self.service(service),
                 enabled: *verb == "start",
             },
+            ["disk-fails", service, volume] => {
+                let id = self.service(service);
+                let holder = self.state.services[&id].holder.expect("a holder");
+                self.demote(id, holder);
+                Command::Release {
+                    service: id,
+                    node: holder,
+                    failure: Some("its disk failed".to_owned()),
+                    disk: Some(self.volume(volume)),
+                }
+            }
+            ["repaired", service, node] => Command::DiskRepaired {
+                service: self.service(service),
+                node: self.node(node),
+            },
             ["fail", service, reason @ ..] => {
                 let id = self.service(service);
                 let holder = self.state.services[&id].holder.expect("a holder");

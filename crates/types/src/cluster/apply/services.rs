@@ -164,7 +164,8 @@ impl ClusterState {
             record.disk = record.disk.filter(|failed| disk == Some(*failed));
             record.count += 1;
             record.at_s = None;
-            service.displaced = true;
+            // A disk that fails is not the service's doing, nor is a node that dies.
+            service.displaced = disk.is_none();
             reason.clone_into(&mut record.reason);
         }
         Ok(Outcome::Done)
