@@ -121,6 +121,10 @@ pub enum CloseReason {
     ByServer(String),
 }
 
+/// Room for requests under way: twice what most clients have. A table that is at most half full makes room for
+/// what comes among what went, instead of growing at some moment that chance decides.
+const UNDER_WAY_ROOM: usize = 64;
+
 /// The server side of one connection.
 #[derive(Debug)]
 pub struct Session {
@@ -155,7 +159,7 @@ impl Session {
             closing: None,
             replies: Replies::default(),
             next_tag: 0,
-            under_way: HashMap::new(),
+            under_way: HashMap::with_capacity(UNDER_WAY_ROOM),
             under_way_bytes: 0,
         }
     }
