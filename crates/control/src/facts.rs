@@ -67,14 +67,7 @@ impl Facts {
     /// # Errors
     /// The file can't be read or is damaged.
     pub fn member(&self) -> io::Result<Option<Member>> {
-        let path = self.directory.join(MEMBER_NAME);
-        match fs::read(&path) {
-            Ok(bytes) => open_sealed(&bytes).map(Some).map_err(|reason| {
-                io::Error::other(format!("{} is damaged: {reason}", path.display()))
-            }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        read_sealed(&self.directory.join(MEMBER_NAME))
     }
 
     /// Writes down who this node is.
@@ -118,13 +111,7 @@ impl VotersKnown {
     /// The file can't be read or is damaged.
     pub fn open(directory: &Path) -> io::Result<Self> {
         let path = directory.join(VOTERS_NAME);
-        let known = match fs::read(&path) {
-            Ok(bytes) => open_sealed(&bytes).map_err(|reason| {
-                io::Error::other(format!("{} is damaged: {reason}", path.display()))
-            })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
-            Err(error) => return Err(error),
-        };
+        let known = read_sealed(&path)?.unwrap_or(0);
         Ok(Self { path, known })
     }
 
@@ -144,6 +131,17 @@ impl VotersKnown {
             self.known = known;
         }
         Ok(())
+    }
+}
+
+/// The sealed value of a file; `None` where there is none.
+fn read_sealed<T: for<'de> Deserialize<'de>>(path: &Path) -> io::Result<Option<T>> {
+    match fs::read(path) {
+        Ok(bytes) => open_sealed(&bytes)
+            .map(Some)
+            .map_err(|reason| io::Error::other(format!("{} is damaged: {reason}", path.display()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

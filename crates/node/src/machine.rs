@@ -159,6 +159,7 @@ impl Node {
         {
             return;
         }
+        // A voter that came and went between two states leaves the same nodes under another number.
         let changed = self.state.as_ref().is_none_or(|known| {
             known.nodes != state.nodes || known.voters_version != state.voters_version
         });

@@ -117,17 +117,9 @@ impl Node {
         }
         self.next_plan = now + PLAN_INTERVAL;
         let input = self.plan_input(now, state);
-        let now_s = input.now_s;
-        let Plan {
-            actions,
-            waits,
-            better,
-        } = plan(&input);
-        let since = |(service, node)| match self.better_since.get(&service) {
-            Some((known, since_s)) if *known == node => (service, (node, *since_s)),
-            _ => (service, (node, now_s)),
-        };
-        self.better_since = better.into_iter().map(since).collect();
+        let plan = plan(&input);
+        self.better_since = plan.better_since(&input);
+        let Plan { actions, waits, .. } = plan;
         self.planned_something = !actions.is_empty();
         for action in actions {
             self.proposals

@@ -99,6 +99,19 @@ pub struct Plan {
     pub better: BTreeMap<ServiceId, NodeId>,
 }
 
+impl Plan {
+    /// [`PlanInput::better_since`] of the next input, when this plan was made of `input`.
+    #[must_use]
+    pub fn better_since(&self, input: &PlanInput) -> BTreeMap<ServiceId, (NodeId, u64)> {
+        let since = |(service, node): (&ServiceId, &NodeId)| {
+            let before = input.better_since.get(service);
+            let since_s = before.filter(|(known, _)| known == node);
+            (*service, (*node, since_s.map_or(input.now_s, |it| it.1)))
+        };
+        self.better.iter().map(since).collect()
+    }
+}
+
 /// One step of a plan.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Action {

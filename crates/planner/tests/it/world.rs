@@ -350,31 +350,14 @@ impl World {
                 enabled: *verb == "start",
             },
             ["disk-fails", service, volume] => {
-                let id = self.service(service);
-                let holder = self.state.services[&id].holder.expect("a holder");
-                self.demote(id, holder);
-                Command::Release {
-                    service: id,
-                    node: holder,
-                    failure: Some("its disk failed".to_owned()),
-                    disk: Some(self.volume(volume)),
-                }
+                let disk = Some(self.volume(volume));
+                self.give_up(service, "its disk failed".to_owned(), disk)
             }
             ["repaired", service, node] => Command::DiskRepaired {
                 service: self.service(service),
                 node: self.node(node),
             },
-            ["fail", service, reason @ ..] => {
-                let id = self.service(service);
-                let holder = self.state.services[&id].holder.expect("a holder");
-                self.demote(id, holder);
-                Command::Release {
-                    service: id,
-                    node: holder,
-                    failure: Some(reason.join(" ")),
-                    disk: None,
-                }
-            }
+            ["fail", service, reason @ ..] => self.give_up(service, reason.join(" "), None),
             ["goodbye", node] => {
                 let id = self.node(node);
                 Command::Evict {
@@ -408,6 +391,19 @@ impl World {
         }
     }
 
+    /// The holder steps down and gives the service up.
+    fn give_up(&mut self, service: &str, why: String, disk: Option<VolumeId>) -> Command {
+        let service = self.service(service);
+        let node = self.state.services[&service].holder.expect("a holder");
+        self.demote(service, node);
+        Command::Release {
+            service,
+            node,
+            failure: Some(why),
+            disk,
+        }
+    }
+
     fn change(&self, volume: &str, change: VolumeChange) -> Command {
         let volume = self.volume(volume);
         Command::Volume {
@@ -422,16 +418,10 @@ impl World {
     pub(crate) fn settle(&mut self) {
         for _ in 0..ROUNDS_MAX {
             self.report_running();
-            let Plan {
-                actions,
-                waits,
-                better,
-            } = plan(&self.input());
-            let since = |(service, node)| match self.better_since.get(&service) {
-                Some((known, since_s)) if *known == node => (service, (node, *since_s)),
-                _ => (service, (node, self.now_s)),
-            };
-            self.better_since = better.into_iter().map(since).collect();
+            let input = self.input();
+            let plan = plan(&input);
+            self.better_since = plan.better_since(&input);
+            let Plan { actions, waits, .. } = plan;
             for action in &actions {
                 let words = self.words(&action.command);
                 writeln!(self.log, "  plan: {words}\n        {}", action.reason).unwrap();

@@ -84,9 +84,7 @@ impl Cluster {
             nodes: nodes.collect(),
         })
     }
-}
 
-impl Cluster {
     /// What would come of something. Nothing of it is done.
     pub(crate) async fn what_if(&self, request: &WhatIfRequest) -> Result<WhatIfAnswer, ApiError> {
         let what = "nothing can be foreseen";
